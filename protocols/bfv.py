@@ -1,0 +1,336 @@
+"""Additive BFV over SEAL: coefficient packing, plaintext modulus 2^p, seeded ciphertexts.
+
+Ring degree 2048 and one 54-bit prime, "128-bit classical by the HomomorphicEncryption.org 2018
+table". A block carries 2048 slots as (c0, seed): c1 is expanded from the seed. Blocks cross the
+wire in our own format, seed || 54-bit coefficients, and the last one ships only the coefficients
+in use. A sum is the sum of the c0 with the list of the seeds: additions are plain arithmetic
+modulo q that needs neither SEAL nor a key, and the opener expands the seeds. What a peer sends is
+range-checked here and only then framed for SEAL, so that no peer's bytes reach SEAL's parser.
+
+The only module that imports tenseal.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, final
+
+import numpy as np
+import tenseal.sealapi as seal
+import zstandard
+from numpy.typing import NDArray
+
+from protocols.bitpacking import pack, packed_size, unpack
+from protocols.errors import MalformedMessageError, ProtocolError
+from protocols.keystream import Seed
+
+DEGREE: Final = 2048
+MODULUS: Final = 18014398509404161
+MODULUS_BITS: Final = 54
+SEED_BYTES: Final = 64
+BLOCK_BYTES: Final = SEED_BYTES + packed_size(DEGREE, MODULUS_BITS)
+_BLOCKS_AT_A_TIME: Final = 32
+
+# SEAL 4.x serialisation: every object is header || body; the header is the magic number, its own
+# size, version, compression mode, and the total size.
+_HEADER: Final = struct.Struct("<HBBBBHQ")
+_MAGIC: Final = 0xA15E
+_UNCOMPRESSED, _ZSTD = 0, 2
+_SUPPORTED: Final = (4, 3)
+# Offsets in a ciphertext's body: parms_id 32, NTT flag 1, size 8, degree 8, moduli 8, scale 8,
+# correction factor 8; then the coefficient array with its own header and 8-byte count.
+_C0_OFFSET: Final = 73 + _HEADER.size + 8
+_SEED_OFFSET: Final = _C0_OFFSET + 8 * DEGREE + _HEADER.size + 1
+
+
+def largest_plain_bits(additions: int) -> int:
+    """The largest p for which a sum of `additions` fresh ciphertexts always decrypts."""
+    if additions < 1:
+        raise ValueError(f"additions = {additions}: use at least 1")
+    return ((MODULUS - 1) // (43 * additions + 2)).bit_length() - 1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Plaintext modulus 2^plain_bits, for sums of at most `additions` ciphertexts.
+
+    Formal Guarantees: no decryption failure. A fresh error is a centred binomial, |e| <= 21, and
+    scaling the plaintext rounds by at most 1/2, so a sum decrypts exactly while
+    additions * 21.5 + 1 < q / 2^(plain_bits + 1). The constructor checks this inequality.
+    """
+
+    plain_bits: int
+    additions: int
+
+    def __post_init__(self) -> None:
+        if self.plain_bits < 2:
+            raise ValueError(f"plain_bits = {self.plain_bits}: use at least 2")
+        if (43 * self.additions + 2) << self.plain_bits >= MODULUS:
+            raise ValueError(
+                f"a sum of {self.additions} ciphertexts modulo 2^{self.plain_bits} could fail to "
+                f"decrypt: use plain_bits <= {largest_plain_bits(self.additions)}"
+            )
+
+
+def ciphertext_bytes(slots: int) -> int:
+    """Length on the wire of one encrypted vector of `slots` slots."""
+    blocks, rest = divmod(slots, DEGREE)
+    return blocks * BLOCK_BYTES + (SEED_BYTES + packed_size(rest, MODULUS_BITS) if rest else 0)
+
+
+def sum_bytes(slots: int, contributions: int) -> int:
+    """Length on the wire of the sum of `contributions` encrypted vectors of `slots` slots."""
+    return packed_size(slots, MODULUS_BITS) + contributions * SEED_BYTES * _blocks(slots)
+
+
+def _blocks(slots: int) -> int:
+    return -(-slots // DEGREE)
+
+
+class _Memory:
+    """A file that lives in memory alone: SEAL's save and load take paths."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("seal", os.MFD_CLOEXEC)
+        self.path = f"/proc/self/fd/{self._file}"
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        os.pwrite(self._file, data, offset)
+
+    def replace(self, data: bytes) -> None:
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, data, 0)
+
+    def saved(self, item: Any) -> bytes:
+        """The body of what `item.save` writes; our own objects only, never a peer's bytes."""
+        os.ftruncate(self._file, 0)
+        item.save(self.path)
+        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        _, _, _, minor, mode, _, _ = _HEADER.unpack_from(data)
+        if minor != _SUPPORTED[1] or mode not in (_UNCOMPRESSED, _ZSTD):
+            raise RuntimeError(
+                f"SEAL writes format 4.{minor}, mode {mode}, which this version of securefl does "
+                "not know: install tenseal 0.3.16"
+            )
+        body = data[_HEADER.size :]
+        return zstandard.ZstdDecompressor().decompressobj().decompress(body) if mode else body
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+def _frame(body: bytes) -> bytes:
+    size = _HEADER.size + len(body)
+    header = _HEADER.pack(_MAGIC, _HEADER.size, *_SUPPORTED, _UNCOMPRESSED, 0, size)
+    return header + body
+
+
+def _context(parameters: Parameters, seed_words: list[int] | None = None) -> Any:
+    parms = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
+    parms.set_poly_modulus_degree(DEGREE)
+    parms.set_coeff_modulus(seal.CoeffModulus.Create(DEGREE, [MODULUS_BITS]))
+    parms.set_plain_modulus(seal.Modulus(1 << parameters.plain_bits))
+    if parms.coeff_modulus()[0].value() != MODULUS:
+        raise RuntimeError("this SEAL chooses another 54-bit prime: install tenseal 0.3.16")
+    if seed_words is not None:
+        parms.set_random_generator(seal.Blake2xbPRNGFactory(seed_words))
+    context = seal.SEALContext(parms, True, seal.SEC_LEVEL_TYPE.TC128)
+    if not context.parameters_set():
+        raise RuntimeError(f"SEAL refuses the parameters: {context.parameters_error_message()}")
+    return context
+
+
+@final
+class SecretKey:
+    """The BFV secret of a round. Whoever holds the same seed and parameters holds the same key.
+
+    SEAL's own generator makes the key, under a generator seeded from `seed`, in a context used for
+    nothing else; encryption draws its errors from the operating system.
+    """
+
+    __slots__ = ("_context", "_decryptor", "_encryptor", "_evaluator", "_memory", "parameters")
+
+    def __init__(self, seed: Seed, parameters: Parameters) -> None:
+        words = struct.unpack("<8Q", seed.derive("bfv secret key", size=64))
+        secret = seal.KeyGenerator(_context(parameters, list(words))).secret_key()
+        self.parameters = parameters
+        self._context = _context(parameters)
+        self._encryptor = seal.Encryptor(self._context, secret)
+        self._decryptor = seal.Decryptor(self._context, secret)
+        self._evaluator = seal.Evaluator(self._context)
+        self._memory = _Memory()
+
+    def encrypt(self, chunks: Iterable[NDArray[np.uint64]]) -> bytearray:
+        """The slots in `chunks` (uint64 < 2^plain_bits) as ciphertext_bytes(slots) wire bytes.
+
+        Every chunk but the last has a multiple of 2048 slots. Works a chunk at a time.
+        """
+        wire = bytearray()
+        plain = seal.Plaintext()
+        for chunk in chunks:
+            if wire and len(wire) % BLOCK_BYTES:
+                raise ValueError(f"only the last chunk may end inside a block of {DEGREE} slots")
+            if len(chunk) and int(chunk.max()) >> self.parameters.plain_bits:
+                raise ValueError(f"a slot is not below 2^{self.parameters.plain_bits}")
+            for start in range(0, len(chunk), DEGREE * _BLOCKS_AT_A_TIME):
+                wire += self._encrypt_blocks(
+                    chunk[start : start + DEGREE * _BLOCKS_AT_A_TIME], plain
+                )
+        return wire
+
+    def _encrypt_blocks(self, slots: NDArray[np.uint64], plain: Any) -> bytes:
+        blocks = _blocks(len(slots))
+        c0 = np.empty((blocks, DEGREE), "<u8")
+        rows = np.empty((blocks, BLOCK_BYTES), np.uint8)
+        for i in range(blocks):
+            self._load_plaintext(plain, slots[i * DEGREE : (i + 1) * DEGREE])
+            body = self._memory.saved(self._encryptor.encrypt_symmetric(plain))
+            c0[i] = np.frombuffer(body, "<u8", DEGREE, _C0_OFFSET)
+            rows[i, :SEED_BYTES] = np.frombuffer(body, np.uint8, SEED_BYTES, _SEED_OFFSET)
+        rows[:, SEED_BYTES:] = pack(c0.reshape(-1), MODULUS_BITS).reshape(blocks, -1)
+        wire = rows.reshape(-1)[: ciphertext_bytes(len(slots))]
+        rest = len(slots) % DEGREE
+        if rest:  # cut inside the last block: repack, so that the spare bits are zero
+            last = pack(c0[-1, :rest], MODULUS_BITS)
+            wire[len(wire) - len(last) :] = last
+        return wire.tobytes()
+
+    def _load_plaintext(self, plain: Any, slots: NDArray[np.uint64]) -> None:
+        count = len(slots)
+        body = bytes(32) + struct.pack("<Qd", count, 1.0)
+        body += _frame(struct.pack("<Q", count) + slots.astype("<u8", copy=False).tobytes())
+        self._memory.replace(_frame(body))
+        plain.load(self._context, self._memory.path)
+
+    def open(self, wire: bytes, slots: int, contributions: int) -> NDArray[np.uint64]:
+        """The `slots` plaintext slots (uint64[slots]) of a sum of `contributions` ciphertexts.
+
+        `wire` is a `Sum`'s bytes and may come from a peer: MalformedMessageError unless it has the
+        exact length and every coefficient is below q. Decrypting is not authenticated: open only
+        what the protocol says, once.
+        """
+        if not 1 <= contributions <= self.parameters.additions:
+            raise ProtocolError(
+                f"a sum of {contributions} ciphertexts is outside 1 to {self.parameters.additions}"
+            )
+        if len(wire) != sum_bytes(slots, contributions):
+            raise MalformedMessageError(
+                f"an encrypted sum of {contributions} has {sum_bytes(slots, contributions)} bytes, "
+                f"not {len(wire)}"
+            )
+        blocks = _blocks(slots)
+        cut = packed_size(slots, MODULUS_BITS)
+        data = np.frombuffer(wire, np.uint8)
+        c0 = _coefficients(data[:cut], slots)
+        seeds = data[cut:].reshape(contributions, blocks, SEED_BYTES)
+        out = np.empty(slots, np.uint64)
+        total, term, plain = seal.Ciphertext(), seal.Ciphertext(), seal.Plaintext()
+        first, others = self._seeded_frame(), self._seeded_frame()
+        for block in range(blocks):
+            part = slice(block * DEGREE, min((block + 1) * DEGREE, slots))
+            size = part.stop - part.start
+            padded = np.zeros(DEGREE, "<u8")
+            padded[:size] = c0[part]
+            first.write(padded.tobytes(), _HEADER.size + _C0_OFFSET)
+            first.write(seeds[0, block].tobytes(), _HEADER.size + _SEED_OFFSET)
+            total.load(self._context, first.path)
+            for seed in seeds[1:, block]:  # c0 is zero in these: only c1 is expanded and added
+                others.write(seed.tobytes(), _HEADER.size + _SEED_OFFSET)
+                term.load(self._context, others.path)
+                self._evaluator.add_inplace(total, term)
+            self._decryptor.decrypt(total, plain)
+            body = self._memory.saved(plain)
+            (count,) = struct.unpack_from("<Q", body, 48 + _HEADER.size)
+            found = np.zeros(DEGREE, np.uint64)
+            found[:count] = np.frombuffer(body, "<u8", count, 56 + _HEADER.size)
+            out[part] = found[:size]
+        return out
+
+    def _seeded_frame(self) -> _Memory:
+        """A seeded ciphertext with c0 = 0, of which callers overwrite c0 and the seed."""
+        plain = seal.Plaintext()
+        self._load_plaintext(plain, np.zeros(1, np.uint64))
+        body = bytearray(self._memory.saved(self._encryptor.encrypt_symmetric(plain)))
+        body[_C0_OFFSET : _C0_OFFSET + 8 * DEGREE] = bytes(8 * DEGREE)
+        frame = _Memory()
+        frame.replace(_frame(bytes(body)))
+        return frame
+
+    def __repr__(self) -> str:
+        return f"SecretKey(<secret>, {self.parameters})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret key is not serialised")
+
+
+def _coefficients(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint64]:
+    try:
+        values = unpack(packed, count, MODULUS_BITS)
+    except ValueError as error:
+        raise MalformedMessageError(f"ciphertext: {error}") from None
+    if len(values) and int(values.max()) >= MODULUS:
+        raise MalformedMessageError(
+            f"ciphertext: coefficient {int(values.argmax())} is not below q"
+        )
+    return values
+
+
+@final
+class Sum:
+    """The running sum of encrypted vectors of `slots` slots. Needs no key and no SEAL.
+
+    add: all or nothing; a refused ciphertext leaves the sum as it was.
+    """
+
+    __slots__ = ("_c0", "_seeds", "slots")
+
+    def __init__(self, slots: int) -> None:
+        if slots < 1:
+            raise ValueError(f"slots = {slots}: use at least 1")
+        self.slots = slots
+        self._c0 = np.zeros(slots, np.uint64)
+        self._seeds: list[NDArray[np.uint8]] = []
+
+    @property
+    def contributions(self) -> int:
+        """How many ciphertexts were added."""
+        return len(self._seeds)
+
+    def add(self, wire: bytes | memoryview) -> None:
+        """Add one ciphertext from the wire; MalformedMessageError unless it is well formed."""
+        if len(wire) != ciphertext_bytes(self.slots):
+            raise MalformedMessageError(
+                f"a ciphertext of {self.slots} slots has {ciphertext_bytes(self.slots)} bytes, "
+                f"not {len(wire)}"
+            )
+        data = np.frombuffer(wire, np.uint8)
+        whole = self.slots // DEGREE
+        rows = data[: whole * BLOCK_BYTES].reshape(whole, BLOCK_BYTES)
+        seeds = np.empty((_blocks(self.slots), SEED_BYTES), np.uint8)
+        seeds[:whole] = rows[:, :SEED_BYTES]
+        c0 = np.empty(self.slots, np.uint64)
+        for start in range(0, whole, _BLOCKS_AT_A_TIME):
+            part = rows[start : start + _BLOCKS_AT_A_TIME, SEED_BYTES:]
+            at = start * DEGREE
+            c0[at : at + len(part) * DEGREE] = _coefficients(part.reshape(-1), len(part) * DEGREE)
+        if self.slots % DEGREE:
+            last = data[whole * BLOCK_BYTES :]
+            seeds[whole] = last[:SEED_BYTES]
+            c0[whole * DEGREE :] = _coefficients(last[SEED_BYTES:], self.slots % DEGREE)
+        starts = np.arange(0, self.slots, DEGREE)
+        empty = np.flatnonzero(~np.logical_or.reduceat(c0 != 0, starts))
+        if empty.size:
+            raise MalformedMessageError(f"block {int(empty[0])} of a ciphertext is all zero")
+        self._c0 += c0
+        # Both are below q < 2^63, and an unsigned x - q wraps to a huge number when x < q.
+        np.minimum(self._c0, self._c0 - np.uint64(MODULUS), out=self._c0)
+        self._seeds.append(seeds)
+
+    def to_bytes(self) -> bytes:
+        """The sum on the wire: sum_bytes(slots, contributions) bytes."""
+        packed = pack(self._c0, MODULUS_BITS)
+        return packed.tobytes() + b"".join(seeds.tobytes() for seeds in self._seeds)

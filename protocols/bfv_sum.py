@@ -1,0 +1,316 @@
+"""bfv: uploads under one additive BFV key that the sites share and the server never sees.
+
+1. advertise  C -> S  a fresh signed X25519 key
+2. share      the lowest site -> S -> C  this round's HE seed, sealed end to end for every site
+3. upload     C -> S  the encoded vector, encrypted; S adds ciphertexts
+4. open       S -> one site -> S  the sum, decrypted once
+
+Stops an honest-but-curious server that colludes with no site. A site that colludes with the server
+opens everything: that is what masked-bfv is for. The key is fresh in every round.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocols.bfv import Parameters, SecretKey, Sum, largest_plain_bits
+from protocols.bitpacking import pack, unpack
+from protocols.encoding import Aggregate, FixedPoint
+from protocols.errors import MalformedMessageError, ProtocolError, RefusedError, RoundAbortedError
+from protocols.identity import Roster, digest
+from protocols.keystream import Keystream, Randomness, Seed
+from protocols.messages import (
+    HE_SEED_BYTES,
+    Advertisement,
+    Advertisements,
+    Begin,
+    OpenedSum,
+    SealedSeed,
+    SealedSeeds,
+    SumToOpen,
+    Upload,
+)
+from protocols.rounds import (
+    Cohort,
+    Expected,
+    Outcome,
+    Requests,
+    ServerSide,
+    Slots,
+    make_identities,
+    public_weight,
+    statement,
+)
+from protocols.sealing import ChannelKey, seal, unseal
+
+PHASES = ("advertise", "share", "upload", "open")
+
+
+def slot_bits(cohort: int) -> int:
+    """Bits that a slot offers to a sum over `cohort` sites."""
+    return largest_plain_bits(cohort)
+
+
+def _sealing_context(begin: Begin, maker: str, public: bytes, to: str, to_public: bytes) -> bytes:
+    return digest("he seed", begin.context, maker.encode(), public, to.encode(), to_public)
+
+
+def _key_id(begin: Begin, seed: Seed) -> bytes:
+    """Names a seed without telling anything of it."""
+    return seed.derive("key id", begin.context)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Advertised:
+    """A client that has offered its channel key."""
+
+    expected: Expected
+    begin: Begin
+    channel: ChannelKey
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A client that has uploaded and holds the round's HE key."""
+
+    expected: Expected
+    begin: Begin
+    key: SecretKey
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A client that has opened the round's sum; it opens nothing more."""
+
+
+def client_step1(
+    expected: Expected, message: bytes, randomness: Randomness
+) -> tuple[Advertised, bytes]:
+    """Begin -> Advertisement: check the round, offer a fresh channel key."""
+    begin = expected.check(message)
+    me, channel = expected.identity, ChannelKey(randomness)
+    signature = me.key.sign(statement(begin.context, "advertise", me.name, channel.public))
+    reply = Advertisement(me.name, channel.public, signature)
+    return Advertised(expected, begin, channel), reply.to_bytes()
+
+
+def client_step2(
+    state: Advertised, message: bytes, randomness: Randomness
+) -> tuple[Advertised, bytes]:
+    """Advertisements -> SealedSeeds: the maker draws the HE seed and seals it for everyone.
+
+    It seals one for itself too and forgets the seed, so that all sites go on alike.
+    """
+    me, begin = state.expected.identity, state.begin
+    items = Advertisements.from_bytes(message).items
+    names = tuple(item.sender for item in items)
+    state.expected.check_contributors(begin, names)
+    if me.name != names[0]:
+        raise RefusedError(f"{names[0]} makes the seed of this round, not {me.name}")
+    for item in items:
+        said = statement(begin.context, "advertise", item.sender, item.public)
+        me.roster.verify(item.sender, item.signature, said)
+    if items[0].public != state.channel.public:
+        raise RefusedError(f"the server relays another channel key for {me.name}")
+    seed = Seed.draw(randomness, HE_SEED_BYTES)
+    key, public = _key_id(begin, seed), state.channel.public
+    sealed = []
+    for item in items:
+        context = _sealing_context(begin, me.name, public, item.sender, item.public)
+        box = seal(seed, state.channel, (item.sender, item.public), context, randomness)
+        said = statement(begin.context, "share", me.name, public, item.sender.encode(), key, box)
+        sealed.append(SealedSeed(me.name, public, item.sender, key, box, me.key.sign(said)))
+    return state, SealedSeeds(tuple(sealed)).to_bytes()
+
+
+def client_step3(
+    state: Advertised, message: bytes, slots: Slots, randomness: Randomness
+) -> tuple[Uploaded, bytes]:
+    """SealedSeed -> Upload: open the seed, derive the key, encrypt the encoded vector."""
+    del randomness  # SEAL draws encryption errors from the operating system
+    expected, begin = state.expected, state.begin
+    me, sealed = expected.identity, SealedSeed.from_bytes(message)
+    if sealed.receiver != me.name:
+        raise RefusedError(f"this seed is sealed for {sealed.receiver}, not {me.name}")
+    if sealed.maker not in begin.cohort:
+        raise RefusedError(f"{sealed.maker} made the seed but is not in the cohort")
+    me.roster.verify(sealed.maker, sealed.signature, _shared(begin, sealed))
+    context = _sealing_context(begin, sealed.maker, sealed.public, me.name, state.channel.public)
+    seed = unseal(sealed.box, state.channel, (sealed.maker, sealed.public), context)
+    if _key_id(begin, seed) != sealed.key:
+        raise ProtocolError(f"{sealed.maker} sealed another seed than it named", [sealed.maker])
+    parameters = Parameters(expected.encoding.plain_bits, expected.encoding.cohort)
+    key = SecretKey(seed, parameters)
+    payload = bytes(key.encrypt(slots))
+    signature = me.key.sign(statement(begin.context, "upload", me.name, sealed.key, payload))
+    reply = Upload(me.name, sealed.key, payload, signature)
+    return Uploaded(expected, begin, key), reply.to_bytes()
+
+
+def client_step4(state: Uploaded, message: bytes, randomness: Randomness) -> tuple[Opened, bytes]:
+    """SumToOpen -> OpenedSum: decrypt this round's sum, once.
+
+    The count slot catches faults, not attacks: BFV is malleable, and an opener cannot
+    authenticate a ciphertext.
+    """
+    del randomness
+    expected, begin = state.expected, state.begin
+    request = SumToOpen.from_bytes(message)
+    expected.check_contributors(begin, request.contributors)
+    count = len(request.contributors)
+    opened = state.key.open(request.payload, expected.encoding.slots(expected.length), count)
+    if int(opened[0]) != count:
+        raise RefusedError(f"the sum counts {int(opened[0])} updates, not {count}")
+    payload = pack(opened, expected.encoding.plain_bits).tobytes()
+    me = expected.identity
+    signature = me.key.sign(statement(begin.context, "open", me.name, payload))
+    return Opened(), OpenedSum(me.name, payload, signature).to_bytes()
+
+
+def _shared(begin: Begin, sealed: SealedSeed) -> bytes:
+    said = (sealed.public, sealed.receiver.encode(), sealed.key, sealed.box)
+    return statement(begin.context, "share", sealed.maker, *said)
+
+
+def server(
+    begin: Begin,
+    roster: Roster,
+    encoding: FixedPoint,
+    length: int,
+    weights: Mapping[str, int] | None = None,
+) -> ServerSide:
+    """The server's round. It relays the sealed seed, adds ciphertexts, and holds no key.
+
+    Raises RoundAbortedError when fewer than the minimum cohort are left in any phase.
+    """
+    cohort = Cohort(begin, roster)
+
+    # advertise: everyone offers a fresh channel key
+    def advertised(site: str, data: bytes) -> Advertisement:
+        item = Advertisement.from_bytes(data)
+        cohort.verify("advertise", item.sender, site, item.signature, item.public)
+        return item
+
+    requests = Requests("advertise", dict.fromkeys(begin.cohort, begin.to_bytes()))
+    keys = cohort.accept(requests, (yield requests), advertised)
+    cohort.require(len(keys), "sites advertised a key")
+
+    # share: the lowest site draws the HE seed and seals it for every other; if it cannot, the next
+    def shared(site: str, data: bytes) -> dict[str, SealedSeed]:
+        items = SealedSeeds.from_bytes(data).items
+        if tuple(item.receiver for item in items) != tuple(keys):
+            raise ProtocolError(f"{site} did not seal the seed for every site", [site])
+        for item in items:
+            said = (item.public, item.receiver.encode(), item.key, item.box)
+            cohort.verify("share", item.maker, site, item.signature, *said)
+        if items[0].public != keys[site].public:
+            raise ProtocolError(f"{site} sealed with another key than it advertised", [site])
+        return {item.receiver: item for item in items}
+
+    seeds: dict[str, SealedSeed] = {}
+    while not seeds:
+        cohort.require(len(keys), "sites are left to share a key")
+        maker = next(iter(keys))
+        message = Advertisements(tuple(keys.values())).to_bytes()
+        requests = Requests("share", {maker: message})
+        made = cohort.accept(requests, (yield requests), shared)
+        seeds = made.get(maker, {})
+        if not seeds:
+            del keys[maker]
+    key_id = next(iter(seeds.values())).key
+
+    # upload: the encoded vectors, encrypted; a refused upload leaves the sum as it was
+    total = Sum(encoding.slots(length))
+
+    def added(site: str, data: bytes) -> None:
+        upload = Upload.from_bytes(data)
+        cohort.verify("upload", upload.sender, site, upload.signature, upload.key, upload.payload)
+        if upload.key != key_id:
+            raise ProtocolError(f"{site} encrypted under another key than this round's", [site])
+        total.add(upload.payload)
+
+    requests = Requests("upload", {site: item.to_bytes() for site, item in seeds.items()})
+    contributors = tuple(cohort.accept(requests, (yield requests), added))
+    cohort.require(len(contributors), "uploads")
+
+    # open: one key holder decrypts the sum; if it does not answer, the next one is asked
+    def opened(site: str, data: bytes) -> Aggregate:
+        answer = OpenedSum.from_bytes(data)
+        cohort.verify("open", answer.sender, site, answer.signature, answer.payload)
+        try:
+            packed = np.frombuffer(answer.payload, np.uint8)
+            slots = unpack(packed, total.slots, encoding.plain_bits)
+        except ValueError as error:
+            raise MalformedMessageError(f"opened sum: {error}", [site]) from None
+        return encoding.decode(slots, length, contributors, public_weight(weights, contributors))
+
+    message = SumToOpen(contributors, total.to_bytes()).to_bytes()
+    for opener in contributors:
+        requests = Requests("open", {opener: message})
+        answers = cohort.accept(requests, (yield requests), opened)
+        if opener in answers:
+            return Outcome(answers[opener], cohort.faults)
+    raise RoundAbortedError(f"round {begin.round}: no site opened the sum", cohort.faults)
+
+
+def run(
+    vectors: Mapping[str, NDArray[np.floating]],
+    encoding: FixedPoint,
+    weights: Mapping[str, int] | None = None,
+    dropouts: Mapping[str, str] | None = None,
+    randomness: Randomness = os.urandom,
+) -> Aggregate:
+    """Every party of one round in one process. `dropouts` maps a site to the phase it vanishes in.
+
+    >>> encoding = FixedPoint(bits=8, clip=1.0, cohort=3, slot_bits=slot_bits(3))
+    >>> run({name: np.ones(2) for name in "abc"}, encoding, dropouts={"a": "share"}).contributors
+    ('b', 'c')
+    """
+    identities = make_identities(vectors, randomness)
+    roster = next(iter(identities.values())).roster
+    length = len(next(iter(vectors.values())))
+    begin = Begin(randomness(16), 1, tuple(sorted(vectors)), 2, bytes(32))
+    states: dict[str, Advertised | Uploaded | Opened] = {}
+    gone: set[str] = set()
+
+    def answer(site: str, phase: str, message: bytes) -> bytes:
+        state = states.get(site)
+        if phase == "advertise":
+            me = identities[site]
+            expected = Expected(me, begin.session, 1, bytes(32), 2, encoding, length)
+            states[site], reply = client_step1(expected, message, randomness)
+        elif phase == "share" and isinstance(state, Advertised):
+            states[site], reply = client_step2(state, message, randomness)
+        elif phase == "upload" and isinstance(state, Advertised):
+            rounding = Keystream(Seed.draw(randomness), "rounding")
+            slots = encoding.encode(vectors[site], weights[site] if weights else 1, rounding)
+            states[site], reply = client_step3(state, message, slots, randomness)
+        elif phase == "open" and isinstance(state, Uploaded):
+            states[site], reply = client_step4(state, message, randomness)
+        else:
+            raise RefusedError(f"{site} is not asked in phase {phase} now")
+        return reply
+
+    steps = server(begin, roster, encoding, length, None if encoding.weight_slot else weights)
+    requests = next(steps)
+    while True:
+        gone |= {site for site, phase in (dropouts or {}).items() if phase == requests.phase}
+        replies = {
+            site: answer(site, requests.phase, message)
+            for site, message in requests.messages.items()
+            if site not in gone
+        }
+        try:
+            requests = steps.send(replies)
+        except StopIteration as done:
+            outcome: Outcome = done.value
+            return outcome.aggregate

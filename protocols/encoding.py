@@ -1,0 +1,210 @@
+"""FixedPoint: real vectors as bounded integers, packed linearly, so that sums are exact.
+
+A slot is an integer modulo 2^p. The first slot counts contributions; a second one sums their
+weights where weights are secret; every further slot carries k fields of w bits as
+sum_j 2^(w*j) * v_j mod 2^p over signed v_j. Adding slots adds every field, and the fields of a sum
+are recovered with carries from the lowest up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocols.errors import ProtocolError
+from protocols.keystream import Keystream
+
+CHUNK_SLOTS: Final = 1 << 16
+"""Slots that are encoded, encrypted and decoded at a time; a multiple of every ring degree."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Aggregate:
+    """What a round yields: the weighted mean of the contributions, and who contributed."""
+
+    mean: NDArray[np.float64]
+    contributors: tuple[str, ...]
+    total_weight: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FixedPoint:
+    """How a vector becomes integers, for at most `cohort` contributions to one sum.
+
+    bits: signed bits of one value; values are scaled so that `clip` becomes 2^(bits-1) - 1.
+    slot_bits: bits that the layer beneath offers in a slot.
+    weight_cap: W, a public number that no weight exceeds; a site encodes (w_i / W) * x_i.
+    weight_slot: whether the weight travels too, in a slot of its own; without it weights are
+        public constants.
+
+    Formal Guarantees: for any contributions that `encode` accepts, at most `cohort` of them, no
+    field of the sum wraps: cohort * (2^(bits-1) - 1) <= 2^(w-1) - 1. The constructor proves it or
+    raises ValueError with the numbers and the mend.
+    """
+
+    bits: int
+    clip: float
+    cohort: int
+    slot_bits: int
+    weight_cap: int = 1
+    weight_slot: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 24:
+            raise ValueError(f"bits = {self.bits}: use 2 to 24")
+        if not (np.isfinite(self.clip) and self.clip > 0):
+            raise ValueError(f"clip = {self.clip}: use a positive number")
+        if self.cohort < 1:
+            raise ValueError(f"cohort = {self.cohort}: use at least 1")
+        if self.weight_cap < 1:
+            raise ValueError(f"weight_cap = {self.weight_cap}: use at least 1")
+        if not 1 <= self.slot_bits <= 63:
+            raise ValueError(f"slot_bits = {self.slot_bits}: use 1 to 63")
+        if self.fields < 1:
+            raise ValueError(
+                f"the sum of {self.cohort} values of {self.bits} bits needs a field of "
+                f"{self.field_bits} bits, but a slot has {self.slot_bits}: "
+                f"use bits <= {self.bits - (self.field_bits - self.slot_bits)} or a smaller cohort"
+            )
+        if self.weight_slot and self.cohort * self.weight_cap >= 1 << self.plain_bits:
+            raise ValueError(
+                f"{self.cohort} weights of up to {self.weight_cap} can sum to "
+                f"{self.cohort * self.weight_cap}, beyond a slot of {self.plain_bits} bits: "
+                f"use weight_cap <= {((1 << self.plain_bits) - 1) // self.cohort}"
+            )
+
+    @property
+    def levels(self) -> int:
+        """The integer that `clip` becomes, 2^(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def field_bits(self) -> int:
+        """w: the fewest bits that hold any signed sum of `cohort` values."""
+        return (self.cohort * self.levels).bit_length() + 1
+
+    @property
+    def fields(self) -> int:
+        """k: fields that share a slot."""
+        return self.slot_bits // self.field_bits
+
+    @property
+    def plain_bits(self) -> int:
+        """p: slots are integers modulo 2^p, p = k * w."""
+        return self.fields * self.field_bits
+
+    @property
+    def header_slots(self) -> int:
+        """Slots before the first value: the count, and the weight where it travels."""
+        return 2 if self.weight_slot else 1
+
+    def slots(self, length: int) -> int:
+        """Slots that a vector of `length` values takes, header included."""
+        return self.header_slots - (-length // self.fields)
+
+    def encode(
+        self, values: NDArray[np.floating], weight: int, rounding: Keystream
+    ) -> Iterator[NDArray[np.uint64]]:
+        """`values` (float[d]) as slots, in chunks of CHUNK_SLOTS, uint64 < 2^plain_bits.
+
+        Values are clipped to [-clip, clip], scaled by weight / weight_cap, and rounded up with
+        the probability of their fraction (unbiased to 2^-53; Gupta et al. 2015, section 3).
+        Precondition: 0 <= weight <= weight_cap; values are finite, else ValueError with the index.
+        """
+        if not 0 <= weight <= self.weight_cap:
+            raise ValueError(
+                f"weight = {weight} is outside 0 to weight_cap = {self.weight_cap}: "
+                "raise weight_cap at every site"
+            )
+        finite = np.isfinite(values)
+        if not finite.all():
+            index = int(np.argmin(finite))
+            raise ValueError(f"value {index} is {values[index]}: an update must be finite")
+        return self._chunks(values, weight, rounding)
+
+    def _chunks(
+        self, values: NDArray[np.floating], weight: int, rounding: Keystream
+    ) -> Iterator[NDArray[np.uint64]]:
+        header = np.array([1, weight][: self.header_slots], np.uint64)
+        start = 0
+        while header.size or start < len(values):
+            stop = start + (CHUNK_SLOTS - header.size) * self.fields
+            integers = self._round(values[start:stop], weight, rounding)
+            yield np.concatenate([header, self._pack(integers)])
+            header, start = header[:0], stop
+
+    def _round(
+        self, values: NDArray[np.floating], weight: int, rounding: Keystream
+    ) -> NDArray[np.int64]:
+        # |x / clip| <= 1 and weight / W <= 1, so |scaled| <= levels exactly: rounding never
+        # leaves the range, because at the bound the fraction is zero.
+        scaled = np.clip(values.astype(np.float64), -self.clip, self.clip) / self.clip
+        scaled *= weight / self.weight_cap
+        scaled *= self.levels
+        whole = np.floor(scaled)
+        scaled -= whole
+        integers = whole.astype(np.int64)
+        integers += rounding.uniform(len(scaled)) < scaled
+        return integers
+
+    def _pack(self, integers: NDArray[np.int64]) -> NDArray[np.uint64]:
+        spare = -len(integers) % self.fields
+        if spare:
+            integers = np.concatenate([integers, np.zeros(spare, np.int64)])
+        columns = integers.view(np.uint64).reshape(-1, self.fields)
+        slots = columns[:, 0].copy()
+        for j in range(1, self.fields):
+            slots += columns[:, j] << np.uint64(j * self.field_bits)
+        return slots & np.uint64((1 << self.plain_bits) - 1)
+
+    def unpack(self, slots: NDArray[np.uint64], length: int) -> NDArray[np.int64]:
+        """The `length` signed fields of value slots (without header), int64[length]."""
+        rest = slots.copy()
+        fields = np.empty((len(slots), self.fields), np.int64)
+        width = np.uint64(self.field_bits)
+        to_sign = np.uint64(64 - self.field_bits)
+        for j in range(self.fields):
+            field = (rest << to_sign).view(np.int64) >> np.int64(to_sign)
+            fields[:, j] = field
+            rest = (rest - field.view(np.uint64)) >> width
+        return fields.reshape(-1)[:length]
+
+    def decode(
+        self,
+        total: NDArray[np.uint64],
+        length: int,
+        contributors: tuple[str, ...],
+        public_weight: int | None = None,
+    ) -> Aggregate:
+        """The mean of `contributors`' vectors from the opened sum of their slots.
+
+        total: uint64[slots(length)], modulo 2^plain_bits. public_weight: the sum of the
+        contributors' weights where these are public constants, by default one each.
+        Raises ProtocolError when the sum counts other contributions, or weighs nothing.
+        """
+        if len(total) != self.slots(length):
+            raise ProtocolError(f"the opened sum has {len(total)} slots, not {self.slots(length)}")
+        if int(total[0]) != len(contributors):
+            raise ProtocolError(
+                f"the opened sum counts {int(total[0])} updates, not {len(contributors)}"
+            )
+        weight = len(contributors) if public_weight is None else public_weight
+        if self.weight_slot:
+            weight = int(total[1])
+        if not 0 < weight <= self.cohort * self.weight_cap:
+            raise ProtocolError(f"the contributions weigh {weight} together: nothing to average")
+        unit = self.clip * self.weight_cap / (self.levels * weight)
+        mean = np.empty(length, np.float64)
+        body = total[self.header_slots :]
+        for start in range(0, len(body), CHUNK_SLOTS):
+            at = start * self.fields
+            size = min(CHUNK_SLOTS * self.fields, length - at)
+            mean[at : at + size] = self.unpack(body[start : start + CHUNK_SLOTS], size)
+        mean *= unit
+        return Aggregate(mean, contributors, weight)

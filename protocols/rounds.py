@@ -1,0 +1,152 @@
+"""What the servers and the first steps of all protocols share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocols.encoding import Aggregate, FixedPoint
+from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
+from protocols.identity import Identity, Roster, SigningKey, digest
+from protocols.keystream import Randomness
+from protocols.messages import Begin
+
+T = TypeVar("T")
+Slots = Iterable[NDArray[np.uint64]]
+"""An encoded vector in chunks, as `FixedPoint.encode` gives it."""
+
+
+class Requests(NamedTuple):
+    """What a server's generator yields: one phase, and the message for each site in it."""
+
+    phase: str
+    messages: Mapping[str, bytes]
+
+
+Replies = Mapping[str, bytes]
+"""What it is sent back: the replies that came, by the site they came from."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An aggregate, and why each site that fell out of the round did."""
+
+    aggregate: Aggregate
+    faults: Mapping[str, str]
+
+
+ServerSide = Generator[Requests, Replies, Outcome]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a client insists on before it takes part in a round.
+
+    binding: what it computed itself over the model it was shown and the parameters.
+    minimum: the least cohort and the fewest contributions it accepts, >= 2.
+    """
+
+    identity: Identity
+    session: bytes
+    round: int
+    binding: bytes
+    minimum: int
+    encoding: FixedPoint
+    length: int
+
+    def check(self, message: bytes) -> Begin:
+        """The round that `message` begins; RefusedError when it is not what was expected."""
+        begin = Begin.from_bytes(message)
+        if (begin.session, begin.round) != (self.session, self.round):
+            raise RefusedError(f"the server begins another round than {self.round}")
+        if begin.binding != self.binding:
+            raise RefusedError("the server binds the round to another model or other parameters")
+        if begin.minimum < self.minimum:
+            raise RefusedError(
+                f"minimum cohort {begin.minimum} is below this site's {self.minimum}"
+            )
+        if self.identity.name not in begin.cohort:
+            raise RefusedError(f"{self.identity.name} is not in the cohort")
+        strangers = [site for site in begin.cohort if site not in self.identity.roster]
+        if strangers:
+            raise RefusedError(f"{strangers[0]} is in the cohort but not in the roster")
+        if len(begin.cohort) > self.encoding.cohort:
+            raise RefusedError(
+                f"the cohort of {len(begin.cohort)} exceeds the {self.encoding.cohort} "
+                "for which sums are proven exact"
+            )
+        return begin
+
+    def check_contributors(self, begin: Begin, contributors: tuple[str, ...]) -> None:
+        """RefusedError unless `contributors` are enough, and all of the cohort."""
+        if len(contributors) < begin.minimum:
+            raise RefusedError(f"a sum of {len(contributors)} is below the {begin.minimum} needed")
+        if not set(contributors) <= set(begin.cohort):
+            raise RefusedError("the sum counts sites outside the cohort")
+
+
+@final
+@dataclass(slots=True)
+class Cohort:
+    """A server's view of who is still in the round."""
+
+    begin: Begin
+    roster: Roster
+    faults: dict[str, str] = field(default_factory=dict)
+
+    def accept(
+        self, requests: Requests, replies: Replies, parse: Callable[[str, bytes], T]
+    ) -> dict[str, T]:
+        """The replies that `parse(site, data)` accepts, in site order; the others become faults."""
+        accepted: dict[str, T] = {}
+        for site in sorted(requests.messages):
+            if site not in replies:
+                self.faults[site] = f"no reply in phase {requests.phase}"
+                continue
+            try:
+                accepted[site] = parse(site, replies[site])
+            except ProtocolError as error:
+                self.faults[site] = f"{requests.phase}: {error}"
+        for site in replies:
+            if site not in requests.messages:
+                self.faults[site] = f"replied in phase {requests.phase} without being asked"
+        return accepted
+
+    def require(self, count: int, what: str) -> None:
+        """RoundAbortedError, with the faults so far, unless `count` reaches the minimum."""
+        if count < self.begin.minimum:
+            reasons = "; ".join(f"{site}: {why}" for site, why in sorted(self.faults.items()))
+            raise RoundAbortedError(
+                f"round {self.begin.round}: {count} {what}, {self.begin.minimum} needed"
+                + (f" ({reasons})" if reasons else ""),
+                self.faults,
+            )
+
+    def verify(self, phase: str, sender: str, site: str, signature: bytes, *said: bytes) -> None:
+        """ProtocolError unless `site` itself is the `sender` and signed what it said."""
+        if sender != site:
+            raise ProtocolError(f"{site} sent a message in the name of {sender}", [site])
+        self.roster.verify(site, signature, statement(self.begin.context, phase, sender, *said))
+
+
+def statement(context: bytes, phase: str, sender: str, *said: bytes) -> bytes:
+    """What a site signs: (session, round) through `context`, phase, sender, and the content."""
+    return digest("statement", context, phase.encode(), sender.encode(), *said)
+
+
+def make_identities(names: Iterable[str], randomness: Randomness) -> dict[str, Identity]:
+    """Fresh identities that pin each other: for simulations and tests."""
+    keys = {name: SigningKey(randomness) for name in sorted(names)}
+    roster = Roster({name: key.public for name, key in keys.items()})
+    return {name: Identity(name, key, roster) for name, key in keys.items()}
+
+
+def public_weight(weights: Mapping[str, int] | None, contributors: tuple[str, ...]) -> int | None:
+    """The contributors' total weight where weights are public constants."""
+    return None if weights is None else sum(weights[site] for site in contributors)

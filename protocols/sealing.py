@@ -1,0 +1,77 @@
+"""Seeds sealed from one site to another: X25519, HKDF-SHA256, AES-256-GCM.
+
+The server relays sealed boxes and can neither open them nor move them to another round, sender or
+receiver: all of these are in the key derivation and in the associated data.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn, final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from protocols.errors import ProtocolError
+from protocols.keystream import Randomness, Seed, hkdf
+
+NONCE_BYTES = 12
+TAG_BYTES = 16
+
+
+def box_bytes(seed_bytes: int) -> int:
+    """Length of a box that seals a seed of `seed_bytes`."""
+    return NONCE_BYTES + seed_bytes + TAG_BYTES
+
+
+@final
+class ChannelKey:
+    """One site's X25519 key for one round."""
+
+    __slots__ = ("_private",)
+
+    def __init__(self, randomness: Randomness) -> None:
+        self._private = X25519PrivateKey.from_private_bytes(randomness(32))
+
+    @property
+    def public(self) -> bytes:
+        """The public half, 32 bytes."""
+        return self._private.public_key().public_bytes_raw()
+
+    def _cipher(self, peer: bytes, context: bytes) -> AESGCM:
+        # A point of low order gives an all-zero secret, which the library refuses.
+        shared = self._private.exchange(X25519PublicKey.from_public_bytes(peer))
+        return AESGCM(hkdf(shared, "sealed seed", context, 32))
+
+    def __repr__(self) -> str:
+        return "ChannelKey(<secret>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a channel key is not serialised")
+
+
+def seal(
+    seed: Seed, key: ChannelKey, receiver: tuple[str, bytes], context: bytes, rand: Randomness
+) -> bytes:
+    """`seed` sealed for `receiver` (name, public key): nonce, ciphertext and tag.
+
+    `context` must bind sender, receiver, both public keys, session and round.
+    Raises ProtocolError when the receiver's public key is not a usable one.
+    """
+    name, public = receiver
+    try:
+        cipher = key._cipher(public, context)
+    except ValueError:
+        raise ProtocolError(f"{name} advertised an unusable X25519 key", [name]) from None
+    nonce = rand(NONCE_BYTES)
+    return nonce + cipher.encrypt(nonce, seed._material, context)
+
+
+def unseal(box: bytes, key: ChannelKey, sender: tuple[str, bytes], context: bytes) -> Seed:
+    """The seed in `box` from `sender` (name, public key); ProtocolError unless it is intact."""
+    name, public = sender
+    try:
+        cipher = key._cipher(public, context)
+        return Seed(cipher.decrypt(box[:NONCE_BYTES], box[NONCE_BYTES:], context))
+    except (ValueError, InvalidTag):
+        raise ProtocolError(f"the seed sealed by {name} does not open", [name]) from None

@@ -1,0 +1,367 @@
+"""An experiment as a value: TOML in, frozen and validated, TOML out.
+
+Every key is checked when it is read. A key that does not exist is refused with the nearest
+one that does; a combination that would weaken a promise is refused with the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import pydantic
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Unit = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = Annotated[tuple[float, float], Field(description="lowest and highest value, lowest first")]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class ConfigurationError(ValueError):
+    """What a user wrote cannot be run: names the key, the value and the mend, in one line."""
+
+
+class Section(BaseModel):
+    """A frozen table of an experiment file; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Data(Section):
+    """Where the records come from and what is publicly known about them.
+
+    `ranges` and `default_range` scale every feature linearly onto [-1, 1]; they are declared,
+    never fitted, so that scaling reads no private record.
+    """
+
+    source: Literal["breast-cancer", "digits", "diabetes", "table", "heart-disease"] | Callable_ = (
+        "breast-cancer"
+    )
+    path: Path | None = None
+    label: str | None = None
+    task: Literal["classification", "regression"] | None = None
+    classes: tuple[str, ...] | None = None
+    drop: tuple[str, ...] = ()
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    default_range: Range | None = None
+    ranges: Mapping[str, Range] = {}
+    target_range: Range | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for key, (low, high) in {
+            **self.ranges,
+            **({"default_range": self.default_range} if self.default_range else {}),
+            **({"target_range": self.target_range} if self.target_range else {}),
+        }.items():
+            if not low < high:
+                raise ValueError(f"range of {key} is [{low}, {high}]: put the lower bound first")
+        if self.source in ("table", "heart-disease") and self.path is None:
+            raise ValueError(f'source = "{self.source}" needs path = "FILE or FOLDER"')
+        if self.source == "table" and self.label is None:
+            raise ValueError('source = "table" needs label = "COLUMN"')
+        return self
+
+
+class Sites(Section):
+    """Who takes part, and which records each one holds in a simulation."""
+
+    count: Count | None = None
+    names: tuple[SiteName, ...] | None = None
+    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    alpha: Positive = 1.0
+    column: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.names is not None and len(set(self.names)) != len(self.names):
+            raise ValueError("names repeats a site: every site has its own name")
+        if self.names is not None and self.count not in (None, len(self.names)):
+            raise ValueError(f"count = {self.count} but names lists {len(self.names)}: keep one")
+        if self.partition == "column":
+            if self.column is None:
+                raise ValueError('partition = "column" needs column = "NAME"')
+        elif self.names is None and self.count is None:
+            raise ValueError("say count = N or names = [...]")
+        return self
+
+
+class Model(Section):
+    """A network by name, or `module:callable` installed at every site.
+
+    A callable is called as `callable(inputs, outputs)` with the feature shape and the number of
+    outputs, and returns a torch.nn.Module.
+    """
+
+    name: Literal["linear", "logistic", "mlp", "cnn"] | Callable_ = "logistic"
+    hidden: tuple[Count, ...] = (16,)
+    loss: Literal["auto", "cross-entropy", "squared-error"] | Callable_ = "auto"
+
+
+class Training(Section):
+    """What a site does between two rounds."""
+
+    local_steps: Count = 1
+    batch_size: Count = 32
+    optimiser: Literal["sgd", "adam"] | Callable_ = "sgd"
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Aggregation(Section):
+    """How the aggregate moves the global weights (Reddi et al. 2021, algorithm 2)."""
+
+    algorithm: Literal["fedavg", "fedadam"] | Callable_ = "fedavg"
+    learning_rate: Positive = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 1e-3
+    weighting: Literal["uniform", "records", "declared"] = "uniform"
+    weights: Mapping[SiteName, Count] = {}
+    weight_cap: Count | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.weighting == "declared" and not self.weights:
+            raise ValueError('weighting = "declared" needs [aggregation.weights] SITE = WEIGHT')
+        if self.weighting != "declared" and self.weights:
+            raise ValueError('weights are read only with weighting = "declared"')
+        if self.weighting == "records" and self.weight_cap is None:
+            raise ValueError(
+                'weighting = "records" needs weight_cap = W, a public number that no site\'s '
+                "record count exceeds"
+            )
+        return self
+
+
+class Privacy(Section):
+    """Record-level DP-SGD with local noise, for the whole run.
+
+    `rate` and `expected_batch` are public choices and never derived from a record count.
+    `spare_rounds` are rounds that may be lost to aborts without overspending `epsilon`.
+    """
+
+    unit: Literal["record"] = "record"
+    noise: Literal["local"] = "local"
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    clip: Positive = 1.0
+    rate: Unit
+    expected_batch: Count
+    spare_rounds: Annotated[int, Field(ge=0)] = 2
+
+
+class Encryption(Section):
+    """The aggregation protocol and the integers it carries."""
+
+    name: Literal["plain", "bfv"] = "bfv"
+    bits: Annotated[int, Field(ge=2, le=24)] = 16
+    clip: Positive = 1.0
+    minimum_cohort: Annotated[int, Field(ge=2)] = 2
+
+
+class Pruning(Section):
+    """Magnitude pruning of the global model, from the aggregate alone."""
+
+    sparsity: Annotated[float, Field(gt=0, lt=1)]
+    schedule: Literal["one-shot", "linear", "cubic"] = "cubic"
+    scope: Literal["global", "layer"] = "global"
+    first_round: Count = 1
+    last_round: Count | None = None
+
+
+class Stopping(Section):
+    """Stop once the global weights move by less than `tolerance` (relative) for `patience` rounds.
+
+    Only the aggregate is read, so stopping costs no privacy.
+    """
+
+    tolerance: Positive
+    patience: Count = 3
+
+
+class Engine(Section):
+    """Where the clients run: in this process, or in `workers` processes of their own."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    deadline: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.deadline is not None and self.workers == 0:
+            raise ValueError("deadline needs workers >= 1: one process cannot interrupt itself")
+        return self
+
+
+class Transcript(Section):
+    """Record what crosses each wire, for the sites that consent; nothing by default."""
+
+    consent: tuple[SiteName, ...] = ()
+
+
+class Experiment(Section):
+    """Everything that decides a federated run. Read it with `load`, write it with `dump`.
+
+    `seed` is public: it drives initialisation, splits and partitions only. `not_private_seed`
+    makes every draw reproducible, for tests, and every output then says "not private".
+    """
+
+    version: Literal[1] = 1
+    name: Name = "experiment"
+    rounds: Count = 30
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    not_private_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    data: Data = Data()
+    sites: Sites = Sites(count=5)
+    model: Model = Model()
+    training: Training = Training()
+    aggregation: Aggregation = Aggregation()
+    privacy: Privacy | None = None
+    protocol: Encryption = Encryption()
+    pruning: Pruning | None = None
+    stopping: Stopping | None = None
+    engine: Engine = Engine()
+    transcript: Transcript = Transcript()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.privacy is not None and self.aggregation.weighting == "records":
+            raise ValueError(
+                'aggregation.weighting = "records" sends exact record counts, which the privacy '
+                'plan does not cover: use "uniform", or "declared" with public weights'
+            )
+        known = self.sites.names
+        if self.pruning is not None:
+            last = self.pruning.last_round or self.rounds
+            if not self.pruning.first_round <= last <= self.rounds:
+                raise ValueError(
+                    f"pruning runs from round {self.pruning.first_round} to {last}, "
+                    f"but the run has rounds 1 to {self.rounds}"
+                )
+        if known is not None:
+            for key, named in (
+                ("aggregation.weights", self.aggregation.weights),
+                ("transcript.consent", self.transcript.consent),
+            ):
+                for site in named:
+                    if site not in known:
+                        raise ValueError(f"{key} names {site!r}, which is not in sites.names")
+        return self
+
+    @property
+    def private(self) -> bool:
+        """True when a privacy plan holds and no test seed undoes it."""
+        return self.privacy is not None and self.not_private_seed is None
+
+    def dump(self) -> str:
+        """This experiment as TOML, defaults included; `parse(dump())` gives an equal value."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def digest(self) -> bytes:
+        """SHA-256 of what sites must agree on before a round (32 bytes)."""
+        agreed = self.model_dump_json(exclude={"engine", "transcript", "name"})
+        return hashlib.sha256(b"securefl experiment 1\0" + agreed.encode()).digest()
+
+
+def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") -> Experiment:
+    """The experiment written in `text`, with `a.b=value` overrides laid over it.
+
+    Raises ConfigurationError naming `origin`, the key, the value and the mend.
+
+    >>> parse("rounds = 5", ["training.learning_rate=0.5"]).training.learning_rate
+    0.5
+    >>> parse("ruonds = 5")
+    Traceback (most recent call last):
+    securefl.config.ConfigurationError: experiment: no key 'ruonds'; did you mean 'rounds'?
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{origin} is not valid TOML: {error}") from None
+    for override in overrides:
+        _lay_over(tree, override)
+    try:
+        return Experiment.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(f"{origin}: {_first_fault(error)}") from None
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment in the TOML file `path`; a relative data path is relative to that file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    experiment = parse(text, overrides, origin=str(path))
+    data = experiment.data
+    if data.path is not None and not data.path.is_absolute():
+        written_here = tomllib.loads(text).get("data", {}).get("path") == str(data.path)
+        base = Path(path).resolve().parent if written_here else Path.cwd()
+        data = data.model_copy(update={"path": base / data.path})
+        experiment = experiment.model_copy(update={"data": data})
+    return experiment
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    steps = key.strip().split(".")
+    if not equals or not all(steps):
+        raise ConfigurationError(f"--set {override}: write it as key=value, e.g. privacy.epsilon=3")
+    table = tree
+    for step in steps[:-1]:
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"--set {override}: {step} is a value, not a table")
+    try:
+        table[steps[-1]] = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[steps[-1]] = value.strip()  # a bare word is a string
+
+
+def _first_fault(error: pydantic.ValidationError) -> str:
+    """The most telling fault of a validation error, as one line."""
+    faults = error.errors(include_url=False)
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    path = [str(step) for step in fault["loc"]]
+    key = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        known = _keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        if near:
+            return f"no key {key!r}; did you mean {'.'.join([*path[:-1], near[0]])!r}?"
+        return f"no key {key!r}; the keys here are {', '.join(sorted(known))}"
+    message = re.sub(r"^Value error, ", "", fault["msg"])
+    if fault["type"] == "missing":
+        return f"{key} is missing: say what it is"
+    if fault["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    choices = [f["ctx"]["expected"] for f in faults if f["type"] == "literal_error"]
+    where = ".".join(p for p in path if not p.startswith(("literal[", "constrained-", "function-")))
+    if choices:
+        extra = ' or "module:callable"' if len(faults) > 1 else ""
+        return f"{where} = {fault['input']!r}: choose {choices[0]}{extra}"
+    return f"{where} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(path: list[str]) -> list[str]:
+    """The keys that exist at `path`, which leads from Experiment through its sections."""
+    section: type[BaseModel] = Experiment
+    for step in path:
+        annotation = section.model_fields[step].annotation
+        kinds = [annotation, *get_args(annotation)]
+        section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,244 @@
+"""Where records come from: scikit-learn's bundled sets, files, or a callable of the site's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from securefl.config import ConfigurationError, Data
+from securefl.data.tables import Table, from_frames
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+
+HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
+
+# Columns 10 to 12 of the files (slope, ca, thal) are mostly missing outside Cleveland.
+HEART_COLUMNS = {
+    0: "age",
+    1: "sex",
+    2: "cp",
+    3: "trestbps",
+    4: "chol",
+    5: "fbs",
+    6: "restecg",
+    7: "thalach",
+    8: "exang",
+    9: "oldpeak",
+    13: "disease",
+}
+# Declared by the data set's description, not read from the rows.
+HEART_CATEGORIES = {"cp": (1, 2, 3, 4), "restecg": (0, 1, 2)}
+
+
+def load(data: Data) -> Table:
+    """All records that `data` names.
+
+    Sources: "breast-cancer" (569 x 30), "digits" (1797 x 1 x 8 x 8) and "diabetes" (442 x 10, in
+    the units they were measured in) come with scikit-learn; "table" is a CSV, TSV or Parquet
+    file, or a folder of them (then group "file" tells them apart by stem); "heart-disease" is a
+    folder with the four processed.HOSPITAL.data files; "module:callable" is called with `data`
+    and returns a Table. Columns in `data.drop` are no features, but remain as groups.
+
+    Raises ConfigurationError naming the file, the column, the row and the value that is wrong.
+    """
+    if ":" in data.source:
+        return _call(data)
+    if data.label is not None and data.source != "table":
+        raise ConfigurationError(f'data.label is read only with source = "table": drop {data.label!r}')
+    if data.path is not None and data.source not in ("table", "heart-disease"):
+        raise ConfigurationError(
+            f'data.path is read only with source = "table" or "heart-disease": drop {data.path}'
+        )
+    sources: dict[str, Callable[[Data], Table]] = {
+        "breast-cancer": _breast_cancer,
+        "digits": _digits,
+        "diabetes": _diabetes,
+        "table": _table,
+        "heart-disease": _heart_disease,
+    }
+    return sources[data.source](data)
+
+
+def _call(data: Data) -> Table:
+    from securefl.models import load_callable  # torch, which the other sources do without
+
+    table = load_callable(data.source)(data)
+    if not isinstance(table, Table):
+        raise ConfigurationError(
+            f"data.source = {data.source!r} returned {type(table).__name__}: return a "
+            "securefl.data.Table"
+        )
+    return table
+
+
+def _breast_cancer(data: Data) -> Table:
+    from sklearn.datasets import load_breast_cancer
+
+    bunch = load_breast_cancer(as_frame=True)
+    frame = bunch.frame.rename(columns={"target": "diagnosis"})
+    frame["diagnosis"] = frame["diagnosis"].map(dict(enumerate(map(str, bunch.target_names))))
+    declared = _default(data, classes=tuple(map(str, bunch.target_names)))
+    return from_frames({"breast-cancer": frame}, "diagnosis", declared)
+
+
+def _digits(data: Data) -> Table:
+    from sklearn.datasets import load_digits
+
+    if data.drop:
+        raise ConfigurationError("data.drop leaves a hole in an image: drop nothing from digits")
+    frame = load_digits(as_frame=True).frame.rename(columns={"target": "digit"})
+    declared = _default(data, classes=tuple(map(str, range(10))))
+    return from_frames({"digits": frame}, "digit", declared, shape=(1, 8, 8))
+
+
+def _diabetes(data: Data) -> Table:
+    from sklearn.datasets import load_diabetes
+
+    # scaled=True would divide by statistics of the pooled rows.
+    frame = load_diabetes(as_frame=True, scaled=False).frame
+    return from_frames({"diabetes": frame}, "target", _default(data, task="regression"))
+
+
+def _default(
+    data: Data, *, classes: tuple[str, ...] | None = None, task: str = "classification"
+) -> Data:
+    """`data` with the task and the classes of a known set where none is declared."""
+    task = data.task or task
+    if task == "regression":
+        classes = None
+    return data.model_copy(update={"task": task, "classes": data.classes or classes})
+
+
+def _table(data: Data) -> Table:
+    assert data.path is not None and data.label is not None  # noqa: S101 (Data holds this)
+    if not data.path.exists():
+        raise ConfigurationError(f"data.path = {data.path}: no such file or folder")
+    if not data.path.is_dir():
+        return from_frames({str(data.path): _read(data.path, data)}, data.label, data)
+    paths = sorted(path for path in data.path.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ConfigurationError(
+            f"data.path = {data.path}: the folder holds no {', '.join(SUFFIXES)} file"
+        )
+    frames = {}
+    for path in paths:
+        frame = _read(path, data)
+        if "file" in frame.columns:
+            raise ConfigurationError(
+                f"{path}: column 'file' would hide which file a record is from: rename it"
+            )
+        frames[str(path)] = frame.assign(file=path.stem)
+    stems = [path.stem for path in paths]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise ConfigurationError(f"{data.path}: two files are called {stem!r}: rename one")
+    return from_frames(frames, data.label, data, groups=("file",))
+
+
+def _read(path: Path, data: Data) -> pd.DataFrame:
+    """One file as it is, every column under the name in its header."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigurationError(f"{path} is none of {', '.join(SUFFIXES)}: convert or rename it")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        # Read apart, because pandas quietly renames a column that comes twice.
+        header = pd.read_csv(
+            path,
+            sep=separator,
+            header=None,
+            nrows=1,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+        )
+        names = [str(name).strip() for name in header.iloc[0]]
+        as_written = {i: str for i, name in enumerate(names) if name in (data.label, *data.drop)}
+        frame = pd.read_csv(
+            path,
+            sep=separator,
+            header=None,
+            skiprows=1,
+            names=range(len(names)),
+            # Codes such as 007 stay what they are.
+            dtype=as_written,
+            # Only an empty field is missing; NA, ? or - is named in the error as it stands.
+            keep_default_na=False,
+            na_values=[""],
+            skipinitialspace=True,
+            encoding="utf-8-sig",
+            low_memory=False,
+        )
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ConfigurationError(f"{path}: row 1 has more fields than the header: mend the header")
+    frame.columns = pd.Index(names)
+    return frame
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigurationError(
+            f"{path}: reading Parquet needs an extra: pip install 'securefl[parquet]'"
+        ) from None
+    try:
+        frame = pyarrow.parquet.read_table(path).to_pandas()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise _unreadable(path, error) from None
+    return frame.reset_index(drop=frame.index.names == [None])
+
+
+def _heart_disease(data: Data) -> Table:
+    """UCI Heart Disease as FLamby prepares it (Ogier du Terrail et al. 2022, arXiv 2210.04620).
+
+    13 features: three columns are left out, then records with a missing value, and chest pain
+    and resting ECG are one-hot without their first category. Four groups by hospital.
+    """
+    assert data.path is not None  # noqa: S101 (Data holds this)
+    frames = {}
+    for hospital in HOSPITALS:
+        path = data.path / f"processed.{hospital}.data"
+        try:
+            raw = pd.read_csv(path, header=None, na_values="?", skipinitialspace=True)
+        except (
+            OSError,
+            UnicodeDecodeError,
+            pd.errors.ParserError,
+            pd.errors.EmptyDataError,
+        ) as error:
+            raise _unreadable(path, error) from None
+        if raw.shape[1] != 14:
+            raise ConfigurationError(f"{path} has {raw.shape[1]} columns: the original has 14")
+        frame = raw.rename(columns=HEART_COLUMNS)[list(HEART_COLUMNS.values())].dropna()
+        frame = frame.reset_index(drop=True)
+        for name, categories in HEART_CATEGORIES.items():
+            odd = frame.loc[~frame[name].isin(categories), name]
+            if len(odd):
+                raise ConfigurationError(
+                    f"{path}: column {name!r} holds {odd.iloc[0]!r}: expected one of {categories}"
+                )
+            for category in categories[1:]:
+                frame[f"{name}_{category}"] = frame[name] == category
+            frame = frame.drop(columns=name)
+        frame["disease"] = (frame["disease"] > 0).map({False: "absent", True: "present"})
+        frames[str(path)] = frame.assign(hospital=hospital)
+    declared = _default(data, classes=("absent", "present"))
+    return from_frames(frames, "disease", declared, groups=("hospital",))
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigurationError:
+    if isinstance(error, OSError) and error.strerror:
+        return ConfigurationError(f"cannot read {path}: {error.strerror}")
+    if isinstance(error, UnicodeDecodeError):
+        return ConfigurationError(f"{path} is not UTF-8 text: save it as UTF-8")
+    if isinstance(error, pd.errors.EmptyDataError):
+        return ConfigurationError(f"{path} is empty: it needs a header and records")
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ConfigurationError(f"cannot read {path}: {first_line}: mend or export it again")

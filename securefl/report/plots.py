@@ -1,0 +1,344 @@
+"""The plots of a report: one vector picture each, by round, with units on every axis."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from securefl.records import RoundRecord
+from securefl.report import words
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B59F00", "#555555")
+_INK = "#33414e"
+_RED = "#b3261e"
+_STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": mpl.cycler(color=_COLOURS),
+    "axes.formatter.useoffset": False,
+    "grid.color": "#e4e8ec",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#9aa5b1",
+    "ytick.color": "#9aa5b1",
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
+    "font.size": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "securefl",  # the same run gives the same bytes
+    "text.parse_math": False,
+}
+_FEW = 40  # rounds up to which single points and bars can still be told apart
+_SIZE = (5.6, 3.1)  # inches
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A finished picture: `source` is a data URI of an SVG, `alt` tells it to who cannot see it."""
+
+    title: str
+    caption: str
+    alt: str
+    source: str
+
+
+def plots(rounds: Sequence[RoundRecord], budget: float | None = None) -> list[Plot]:
+    """Every plot that these rounds can fill; none for no rounds.
+
+    `budget` is the epsilon that the plan allows each site.
+    """
+    if not rounds:
+        return []
+    drawn: list[Plot | None] = []
+    with mpl.rc_context(_STYLE):
+        drawn += _metrics(rounds)
+        drawn.append(_epsilon(rounds, budget))
+        drawn.append(_sparsity(rounds))
+        drawn.append(
+            _by_phase(
+                rounds,
+                lambda record: record.bytes_up,
+                title="Bytes up, by phase",
+                axis="from all sites to the server",
+                caption="What all sites together sent to the server in each round.",
+            )
+        )
+        drawn.append(
+            _by_phase(
+                rounds,
+                lambda record: record.bytes_down,
+                title="Bytes down, by phase",
+                axis="from the server to all sites",
+                caption="What the server sent to all sites together in each round.",
+            )
+        )
+        drawn.append(
+            _by_phase(
+                rounds,
+                lambda record: record.seconds,
+                title="Time, by phase",
+                axis="",
+                caption="Wall-clock time of each phase. “upload” includes the local training.",
+            )
+        )
+    return [plot for plot in drawn if plot is not None]
+
+
+def _metrics(rounds: Sequence[RoundRecord]) -> list[Plot]:
+    """Figures of merit: those on the scale from 0 to 1 together, the others on their own."""
+    keys = words.in_order({key: 0.0 for record in rounds for key in record.metrics})
+    shares = [key for key in keys if key in ("test_accuracy", "test_auc")]
+    panels = [shares] if shares else []
+    panels += [[key] for key in keys if key not in shares]
+    units = {
+        "test_mse": "squared units of the target",
+        "test_mae": "units of the target",
+        "test_r2": "share of variance explained",
+        "test_loss": "mean loss a record",
+    }
+    made = []
+    for panel in panels:
+        figure, axes = _canvas(rounds)
+        for key in panel:
+            _line(axes, rounds, [r.metrics.get(key, math.nan) for r in rounds])
+            axes.lines[-1].set_label(words.metric_name(key))
+        if len(panel) > 1:
+            _legend(axes)
+        _mark_aborted(axes, rounds)
+        axes.set_ylabel(
+            "fraction of held-out records" if panel == ["test_accuracy"] else "from 0 to 1"
+        )
+        if panel is not shares:
+            axes.set_ylabel(units.get(panel[0], words.metric_name(panel[0])))
+        title = " and ".join(words.metric_name(key) for key in panel)
+        told = "; ".join(
+            f"{words.metric_name(key)} from {_first_to_last([r.metrics.get(key) for r in rounds])}"
+            for key in panel
+        )
+        made.append(
+            _finish(
+                figure,
+                title[0].upper() + title[1:],
+                "On the rows held out of training."
+                + (" A gap is a round with no finite figure." if _gaps(axes) else ""),
+                f"By round: {told}.",
+            )
+        )
+    return made
+
+
+def _epsilon(rounds: Sequence[RoundRecord], budget: float | None) -> Plot | None:
+    sites = list(dict.fromkeys(site for record in rounds for site in record.epsilon))
+    if not sites:
+        return None
+    curves: dict[tuple[float, ...], list[str]] = {}
+    for site in sites:
+        spent, curve = 0.0, []
+        for record in rounds:
+            spent = record.epsilon.get(site, spent)  # what is spent stays spent
+            curve.append(spent)
+        curves.setdefault(tuple(curve), []).append(site)
+    figure, axes = _canvas(rounds)
+    highest = max(curves, key=lambda curve: curve[-1])
+    if len(curves) <= len(_COLOURS):
+        for curve, named in curves.items():
+            _line(axes, rounds, curve)
+            axes.lines[-1].set_label(_site_label(named, len(sites)))
+    else:
+        table = np.array(list(curves))
+        if len(rounds) == 1:
+            axes.vlines(rounds[0].round, table.min(), table.max(), color=_COLOURS[4], linewidth=6)
+        x = [record.round for record in rounds]
+        axes.fill_between(
+            x, table.min(0), table.max(0), color=_COLOURS[4], alpha=0.35, linewidth=0
+        )
+        axes.collections[-1].set_label(f"lowest to highest of {len(sites)} sites")
+        _line(axes, rounds, highest)
+        axes.lines[-1].set_label(f"highest at the end: {_site_label(curves[highest], len(sites))}")
+    if budget is not None:
+        axes.axhline(budget, color=_RED, linestyle="--", linewidth=1.2)
+        axes.lines[-1].set_label(f"allowed by the plan: {words.epsilon(budget)}")
+    _mark_aborted(axes, rounds)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("epsilon spent so far (no unit)")
+    _legend(axes)
+    return _finish(
+        figure,
+        "Privacy spent, by site",
+        "Epsilon spent since the first round; lower is more private. "
+        "Aborted rounds are charged too.",
+        f"Epsilon by round at {len(sites)} sites; the highest ends at "
+        f"{words.epsilon(highest[-1])}.",
+    )
+
+
+def _sparsity(rounds: Sequence[RoundRecord]) -> Plot:
+    figure = Figure(figsize=(_SIZE[0], _SIZE[1]), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _line(upper, rounds, [100 * record.sparsity for record in rounds])
+    upper.set_ylabel("zero weights (%)")
+    upper.set_ylim(-3, 103)
+    uploads = [list(r.upload_bytes.values()) or [math.nan] for r in rounds]
+    unit, scale = words.size_unit(
+        max((max(u) for u in uploads if not math.isnan(u[0])), default=0.0)
+    )
+    means = [sum(u) / len(u) / scale for u in uploads]
+    low, high = ([f(u) / scale for u in uploads] for f in (min, max))
+    if low != high:
+        x = [record.round for record in rounds]
+        lower.fill_between(x, low, high, color=_COLOURS[4], alpha=0.35, linewidth=0)
+    _line(lower, rounds, means)
+    lower.set_ylabel(f"upload a site ({unit})")
+    lower.set_ylim(bottom=0)
+    _round_axis(lower, rounds)
+    figure.align_ylabels()
+    told = _first_to_last([m * scale for m in means], words.size)
+    return _finish(
+        figure,
+        "Sparsity and upload",
+        "Above: the share of the model pruned after each round. Below: the upload message of a "
+        "site, mean over sites"
+        + ("; the band spans the sites." if low != high else ". It shrinks a round later."),
+        f"Sparsity from {_first_to_last([r.sparsity for r in rounds], words.percent)}; "
+        f"upload of a site from {told}.",
+    )
+
+
+def _by_phase(
+    rounds: Sequence[RoundRecord],
+    amounts: Callable[[RoundRecord], Mapping[str, float]],
+    *,
+    title: str,
+    axis: str,
+    caption: str,
+) -> Plot | None:
+    """Stacked amounts by phase; `axis` empty means seconds, else bytes and between whom."""
+    phases = list(dict.fromkeys(phase for record in rounds for phase in amounts(record)))
+    if not phases:
+        return None
+    table = np.array([[float(amounts(r).get(phase, 0)) for r in rounds] for phase in phases])
+    told = words.size if axis else words.duration
+    total = table.sum()
+    unit, scale = words.size_unit(float(table.sum(0).max())) if axis else ("seconds", 1.0)
+    figure, axes = _canvas(rounds)
+    x = np.array([record.round for record in rounds])
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(phases))]
+    if len(rounds) <= _FEW:
+        floor = np.zeros(len(rounds))
+        for row, phase, colour in zip(table / scale, phases, colours, strict=True):
+            axes.bar(x, row, 0.8, floor, color=colour, label=phase, linewidth=0)
+            floor += row
+    else:
+        axes.stackplot(x, table / scale, labels=phases, colors=colours, linewidth=0)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(f"{unit} a round" + (f", {axis}" if axis else ""))
+    if axis:
+        axes.yaxis.label.set_fontsize(8)
+    _legend(axes)
+    shares = ", ".join(
+        f"{phase} {told(float(row.sum()))}" for phase, row in zip(phases, table, strict=True)
+    )
+    return _finish(
+        figure,
+        title,
+        f"{caption} Over the run: {told(float(total))}.",
+        f"By round and phase; over the run {shares}.",
+    )
+
+
+def _canvas(rounds: Sequence[RoundRecord]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.subplots()
+    _round_axis(axes, rounds)
+    return figure, axes
+
+
+def _round_axis(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
+    first, last = rounds[0].round, rounds[-1].round
+    margin = max(0.6, 0.02 * (last - first))
+    axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlabel("round")
+
+
+def _line(axes: Axes, rounds: Sequence[RoundRecord], values: Sequence[float]) -> None:
+    marker = "o" if len(rounds) <= _FEW else ""
+    finite = [value if math.isfinite(value) else math.nan for value in values]
+    axes.plot([record.round for record in rounds], finite, marker=marker, clip_on=False)
+
+
+def _mark_aborted(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
+    first = rounds[0].round
+    lost = [n for record in rounds for n in record.aborted if n >= first - 0.6]
+    if lost:
+        axes.plot(
+            lost,
+            [0.03] * len(lost),
+            "x",
+            color=_RED,
+            markersize=5,
+            transform=axes.get_xaxis_transform(),
+            label="aborted round",
+        )
+        _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """A legend above the axes, where it hides no point."""
+    _, labels = axes.get_legend_handles_labels()
+    columns = 4 if sum(map(len, labels)) < 48 else 2 if max(map(len, labels)) < 38 else 1
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.2,
+        ncols=columns,
+        handlelength=1.4,
+        columnspacing=1.4,
+    )
+
+
+def _gaps(axes: Axes) -> bool:
+    return any(np.isnan(np.asarray(line.get_ydata(), dtype=float)).any() for line in axes.lines)
+
+
+def _site_label(named: Sequence[str], of: int) -> str:
+    if len(named) == 1:
+        return named[0]
+    return f"all {of} sites" if len(named) == of else f"{named[0]} and {len(named) - 1} more"
+
+
+def _first_to_last(
+    values: Sequence[float | None], told: Callable[[float], str] = words.number
+) -> str:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return f"{told(known[0])} to {told(known[-1])}" if known else "nothing to nothing"
+
+
+def _finish(figure: Figure, title: str, caption: str, alt: str) -> Plot:
+    drawing = io.BytesIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(drawing, format="svg", metadata=metadata)
+    # An <img> keeps each drawing's identifiers and styles to itself, and has an alternative text.
+    source = "data:image/svg+xml;base64," + base64.b64encode(drawing.getvalue()).decode()
+    return Plot(title, caption, alt, source)

@@ -1,0 +1,179 @@
+"""The words and figures of a report: claims and numbers as people read them.
+
+What is claimed is rounded against the claimant: an epsilon is rounded up, never down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
+
+from securefl.records import RoundRecord, Summary
+
+_NAMES = {
+    "test_accuracy": "test accuracy",
+    "test_r2": "test R²",
+    "test_auc": "test area under the ROC curve",
+    "test_mae": "test mean absolute error",
+    "test_mse": "test mean squared error",
+    "test_loss": "test loss",
+}  # the most telling first
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What a protocol hides, from whom."""
+
+    layers: str
+    story: str
+    stops: str
+    fails: str
+
+
+GUARANTEES: Mapping[str, Guarantee] = {
+    "plain": Guarantee(
+        layers="integer encoding only",
+        story="The server read the update of every site in the clear. This protocol is a yardstick "
+        "for tests; it hides nothing.",
+        stops="Nothing.",
+        fails="Everything: the server, and whoever reads its memory or its wire, "
+        "sees each site's update.",
+    ),
+    "bfv": Guarantee(
+        layers="integer encoding, BFV homomorphic encryption",
+        story="Each site encrypted its update before it left the site. The server added "
+        "ciphertexts it holds no key for; only the sum over the sites was ever opened, by a site, "
+        "once a round.",
+        stops="A server that follows the protocol, reads all it gets, and colludes with no site. "
+        "The sum is exact.",
+        fails="A site that colludes with the server: every site holds the same key, "
+        "so together they can open any single update.",
+    ),
+}
+
+
+def claim(summary: Summary) -> str:
+    """The privacy of a run in one sentence, fit for a summary table or a heading."""
+    if not summary.private:
+        return f"NOT PRIVATE: {summary.why_not_private}"
+    low, high = min(summary.epsilon.values()), max(summary.epsilon.values())
+    spent = (
+        f"epsilon {epsilon(high)} at delta {number(summary.delta or 0.0)} at every site"
+        if epsilon(low) == epsilon(high)
+        else f"epsilon at most {epsilon(high)} (from {epsilon(low)}, by site) "
+        f"at delta {number(summary.delta or 0.0)}"
+    )
+    return (
+        f"Differential privacy: {spent}, {summary.adjacency}, accounted with {summary.accountant}"
+    )
+
+
+def strongest_test(spent: float, delta: float, false_alarms: float = 0.01) -> float:
+    """Share of members that the best possible membership test can find under (spent, delta)-DP.
+
+    `false_alarms` is the share of outsiders it wrongly names. Kairouz, Oh and Viswanath 2015,
+    theorem 2.1, read as an upper bound.
+
+    >>> round(strongest_test(0.0, 0.0), 6)
+    0.01
+    """
+    grown = math.exp(min(spent, 700.0)) * false_alarms + delta
+    return min(1.0, grown, 1 - math.exp(-spent) * (1 - delta - false_alarms))
+
+
+def epsilon(value: float) -> str:
+    """An epsilon to three digits, rounded up.
+
+    >>> epsilon(4.9), epsilon(4.9001), epsilon(0)
+    ('4.9', '4.91', '0')
+    """
+    up = Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(float(value)))
+    return f"{up.normalize():f}" if up else "0"
+
+
+def number(value: float) -> str:
+    """A figure to four digits.
+
+    >>> number(0.96491), number(30), number(float("nan"))
+    ('0.9649', '30', 'not a number')
+    """
+    if not math.isfinite(value):
+        return "not a number"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage that reaches 100 % only when it is 1.
+
+    >>> percent(0.9), percent(0.99996), percent(1)
+    ('90 %', '99.9 %', '100 %')
+    """
+    if value >= 1:
+        return "100 %"
+    return f"{Decimal(str(math.floor(value * 1000 + 1e-9) / 10)).normalize():f} %"
+
+
+def size(count: float) -> str:
+    """A number of bytes, in powers of ten.
+
+    >>> size(999), size(12_345), size(3_000_000)
+    ('999 B', '12.3 kB', '3 MB')
+    """
+    unit, scale = size_unit(count)
+    return f"{count / scale:.3g} {unit}" if scale > 1 else f"{count:.0f} B"
+
+
+def size_unit(count: float) -> tuple[str, float]:
+    """The unit in which `count` bytes read best, and its size."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * scale:
+            return unit, scale
+    return "B", 1.0
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(0.4214), duration(75), duration(7260)
+    ('0.421 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def ranges(numbers: Collection[int]) -> str:
+    """Whole numbers with runs drawn together.
+
+    >>> ranges([3, 1, 2, 7])
+    '1–3, 7'
+    """
+    runs: list[list[int]] = []
+    for value in sorted(set(numbers)):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
+
+
+def metric_name(key: str) -> str:
+    """A test_* key as people say it."""
+    return _NAMES.get(key, key.replace("_", " "))
+
+
+def in_order(metrics: Mapping[str, float]) -> list[str]:
+    """The keys of `metrics`, the most telling first, the loss last."""
+    known = [key for key in _NAMES if key in metrics and key != "test_loss"]
+    other = [key for key in metrics if key not in _NAMES]
+    return known + other + ["test_loss"] * ("test_loss" in metrics)
+
+
+def highest_epsilon(record: RoundRecord) -> str:
+    """The epsilon of the site that has spent most, or a dash without a plan."""
+    return epsilon(max(record.epsilon.values())) if record.epsilon else "–"
