@@ -16,9 +16,7 @@ TRIES = 1000
 Rows = NDArray[np.int64]
 
 
-def split(
-    table: Table, fraction: float, seed: int, by: str | None = None
-) -> tuple[Table, Table]:
+def split(table: Table, fraction: float, seed: int, by: str | None = None) -> tuple[Table, Table]:
     """The records for training, and the `fraction` of them held out for tests.
 
     Stratified by class, and by the group column `by` where one is given (the column that tells
@@ -96,16 +94,18 @@ def _strata(table: Table, by: str | None) -> Rows:
     """The number [n] of the stratum each record is in."""
     kinds = table.target if table.task == "classification" else np.zeros(len(table), np.int64)
     if by is None:
-        return np.unique(kinds, return_inverse=True)[1]
-    values = np.unique(_group(table, by), return_inverse=True)[1]
-    return np.unique(np.stack([kinds, values], axis=1), axis=0, return_inverse=True)[1].ravel()
+        columns = [kinds]
+    else:
+        columns = [kinds, np.unique(_group(table, by), return_inverse=True)[1]]
+    numbers: Rows = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1]
+    return numbers.ravel()
 
 
 def _apportion(sizes: Rows, fraction: float) -> Rows:
     """How many of each stratum to hold out: largest remainders, one of each always left."""
     wanted = min(max(round(fraction * int(sizes.sum())), 1), int(sizes.sum()) - 1)
     exact = sizes * fraction
-    shares = np.minimum(np.floor(exact).astype(np.int64), sizes - 1)
+    shares: Rows = np.minimum(np.floor(exact).astype(np.int64), sizes - 1)
     for stratum in np.argsort(np.floor(exact) - exact, kind="stable"):
         if shares.sum() < wanted and shares[stratum] < sizes[stratum] - 1:
             shares[stratum] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def load(data: Data) -> Table:
     if ":" in data.source:
         return _call(data)
     if data.label is not None and data.source != "table":
-        raise ConfigurationError(f'data.label is read only with source = "table": drop {data.label!r}')
+        raise ConfigurationError(
+            f'data.label is read only with source = "table": drop {data.label!r}'
+        )
     if data.path is not None and data.source not in ("table", "heart-disease"):
         raise ConfigurationError(
             f'data.path is read only with source = "table" or "heart-disease": drop {data.path}'
@@ -112,7 +115,8 @@ def _default(
 
 
 def _table(data: Data) -> Table:
-    assert data.path is not None and data.label is not None  # noqa: S101 (Data holds this)
+    assert data.path is not None  # noqa: S101 (Data holds this)
+    assert data.label is not None  # noqa: S101 (Data holds this)
     if not data.path.exists():
         raise ConfigurationError(f"data.path = {data.path}: no such file or folder")
     if not data.path.is_dir():
@@ -156,26 +160,32 @@ def _read(path: Path, data: Data) -> pd.DataFrame:
             encoding="utf-8-sig",
         )
         names = [str(name).strip() for name in header.iloc[0]]
-        as_written = {i: str for i, name in enumerate(names) if name in (data.label, *data.drop)}
-        frame = pd.read_csv(
-            path,
-            sep=separator,
-            header=None,
-            skiprows=1,
-            names=range(len(names)),
-            # Codes such as 007 stay what they are.
-            dtype=as_written,
-            # Only an empty field is missing; NA, ? or - is named in the error as it stands.
-            keep_default_na=False,
-            na_values=[""],
-            skipinitialspace=True,
-            encoding="utf-8-sig",
-            low_memory=False,
-        )
+        as_written = {i: str for i, name in enumerate(names) if name in data.drop}
+        with warnings.catch_warnings():
+            # Fields beyond the header would be cut off with a warning.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                path,
+                sep=separator,
+                header=None,
+                skiprows=1,
+                names=range(len(names)),
+                index_col=False,
+                # Codes such as 007 stay what they are.
+                dtype=as_written,
+                # Only an empty field is missing; NA, ? or - is named in the error as it stands.
+                keep_default_na=False,
+                na_values=[""],
+                skipinitialspace=True,
+                encoding="utf-8-sig",
+                low_memory=False,
+            )
+    except pd.errors.ParserWarning:
+        raise ConfigurationError(
+            f"{path}: row 1 has more fields than the header: mend the header"
+        ) from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise _unreadable(path, error) from None
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise ConfigurationError(f"{path}: row 1 has more fields than the header: mend the header")
     frame.columns = pd.Index(names)
     return frame
 
@@ -189,8 +199,12 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             f"{path}: reading Parquet needs an extra: pip install 'securefl[parquet]'"
         ) from None
     try:
-        frame = pyarrow.parquet.read_table(path).to_pandas()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        names = pyarrow.parquet.read_schema(path).names
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigurationError(f"{path}: column {name!r} comes twice: rename one")
+        frame: pd.DataFrame = pyarrow.parquet.read_table(path).to_pandas()
+    except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from None
     return frame.reset_index(drop=frame.index.names == [None])
 

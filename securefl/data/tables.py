@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -188,12 +188,13 @@ def from_frames(
 def near(name: str, known: Iterable[str]) -> str:
     """What to write in place of an unknown `name`, as the end of a message."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     if len(known) == 1 and ";" in known[0]:
-        return f"; it has one column, {shown!r}: separate the columns with commas"
+        return f"; it has one column, {known[0]!r}: separate the columns with commas"
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {lower[close[0]]!r}?"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"; there are {shown}" if known else "; there are none"
 
 
@@ -254,7 +255,7 @@ def _target(
         if data.classes is not None:
             raise ConfigurationError("data.classes is for classification: drop it, or set the task")
         numbers = np.concatenate(
-            [_numbers(origin, frame[label], label) for origin, frame in frames.items()]
+            [_numbers(origin, frame[label], label, mend="") for origin, frame in frames.items()]
         )
         if data.target_range is not None:
             # Not clamped: that would quietly flatter the test figures of far-off records.
@@ -312,26 +313,33 @@ def _class_order(name: str) -> tuple[int, float, str]:
         return 1, 0.0, name
 
 
-def _numbers(origin: str, column: pd.Series, name: str) -> NDArray[np.float64]:
-    """The column as finite float64, or an error that names the first value that is none."""
+def _numbers(
+    origin: str, column: pd.Series, name: str, mend: str = ", or drop the column (data.drop)"
+) -> NDArray[np.float64]:
+    """The column as finite float64, or an error that names the first value that is none.
+
+    `mend` is the last way out that a message offers.
+    """
     numeric = pd.api.types.is_numeric_dtype(column.dtype)  # truth values included
     loose = column if numeric else column.astype(object)
     if not numeric and pd.api.types.infer_dtype(column, skipna=True).startswith(
         ("date", "time", "period", "interval")
     ):
         loose = column.astype(str)  # a moment in time is no number, whatever its encoding
-    values = pd.to_numeric(loose, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    values: NDArray[np.float64] = pd.to_numeric(loose, errors="coerce").to_numpy(
+        np.float64, na_value=np.nan
+    )
     bad = np.flatnonzero(~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max))
     if not bad.size:
         return values
     row = int(bad[0])
     raw = column.iloc[row]
     if np.isnan(values[row]):
-        if pd.isna(raw) or str(raw).strip().lower() in ("", "nan"):
-            raise _missing(origin, name, row)
+        if _is_missing(raw) or str(raw).strip().lower() in ("", "nan"):
+            raise _missing(origin, name, row, mend)
         raise ConfigurationError(
-            f"{origin}: column {name!r}, row {row + 1}: {str(raw)!r} is not a number: encode the "
-            f'column as numbers, or set data.drop = ["{name}"]'
+            f"{origin}: column {name!r}, row {row + 1}: {str(raw)[:60]!r} is not a number: "
+            f"correct it, encode the column as numbers{mend}"
         )
     raise ConfigurationError(
         f"{origin}: column {name!r}, row {row + 1}: {raw} is beyond what a float32 holds: "
@@ -339,16 +347,19 @@ def _numbers(origin: str, column: pd.Series, name: str) -> NDArray[np.float64]:
     )
 
 
-def _missing(origin: str, name: str, row: int) -> ConfigurationError:
+def _is_missing(value: Any) -> bool:
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
+def _missing(origin: str, name: str, row: int, mend: str = "") -> ConfigurationError:
     return ConfigurationError(
-        f"{origin}: column {name!r}, row {row + 1}: no value: fill it in, leave the row out, or "
-        f'set data.drop = ["{name}"]'
+        f"{origin}: column {name!r}, row {row + 1}: no value: fill it in, leave the row out{mend}"
     )
 
 
 def _text(column: pd.Series) -> NDArray[np.str_]:
     """The column as text, "" where a value is missing; whole numbers without a point."""
-    words = ["" if pd.isna(value) else str(value).strip() for value in column]
+    words = ["" if _is_missing(value) else str(value).strip() for value in column]
     if not pd.api.types.is_bool_dtype(column.dtype) and pd.api.types.is_numeric_dtype(column.dtype):
         words = [word.removesuffix(".0") for word in words]
     return np.array(words, dtype=np.str_)

@@ -7,9 +7,11 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -21,7 +23,7 @@ from securefl.report import words
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B59F00", "#555555")
 _INK = "#33414e"
 _RED = "#b3261e"
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib lists its keys in a Literal of its own version
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": "#9aa5b1",
@@ -30,7 +32,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.cycler(color=_COLOURS),
+    "axes.prop_cycle": cycler(color=_COLOURS),
     "axes.formatter.useoffset": False,
     "grid.color": "#e4e8ec",
     "grid.linewidth": 0.8,
@@ -80,7 +82,7 @@ def plots(rounds: Sequence[RoundRecord], budget: float | None = None) -> list[Pl
                 rounds,
                 lambda record: record.bytes_up,
                 title="Bytes up, by phase",
-                axis="from all sites to the server",
+                axis="all sites",
                 caption="What all sites together sent to the server in each round.",
             )
         )
@@ -89,7 +91,7 @@ def plots(rounds: Sequence[RoundRecord], budget: float | None = None) -> list[Pl
                 rounds,
                 lambda record: record.bytes_down,
                 title="Bytes down, by phase",
-                axis="from the server to all sites",
+                axis="all sites",
                 caption="What the server sent to all sites together in each round.",
             )
         )
@@ -139,7 +141,7 @@ def _metrics(rounds: Sequence[RoundRecord]) -> list[Plot]:
         made.append(
             _finish(
                 figure,
-                title[0].upper() + title[1:],
+                words.sentence_case(title),
                 "On the rows held out of training."
                 + (" A gap is a round with no finite figure." if _gaps(axes) else ""),
                 f"By round: {told}.",
@@ -154,11 +156,10 @@ def _epsilon(rounds: Sequence[RoundRecord], budget: float | None) -> Plot | None
         return None
     curves: dict[tuple[float, ...], list[str]] = {}
     for site in sites:
-        spent, curve = 0.0, []
+        spent = [0.0]
         for record in rounds:
-            spent = record.epsilon.get(site, spent)  # what is spent stays spent
-            curve.append(spent)
-        curves.setdefault(tuple(curve), []).append(site)
+            spent.append(record.epsilon.get(site, spent[-1]))  # what is spent stays spent
+        curves.setdefault(tuple(spent[1:]), []).append(site)
     figure, axes = _canvas(rounds)
     highest = max(curves, key=lambda curve: curve[-1])
     if len(curves) <= len(_COLOURS):
@@ -170,15 +171,13 @@ def _epsilon(rounds: Sequence[RoundRecord], budget: float | None) -> Plot | None
         if len(rounds) == 1:
             axes.vlines(rounds[0].round, table.min(), table.max(), color=_COLOURS[4], linewidth=6)
         x = [record.round for record in rounds]
-        axes.fill_between(
-            x, table.min(0), table.max(0), color=_COLOURS[4], alpha=0.35, linewidth=0
-        )
+        axes.fill_between(x, table.min(0), table.max(0), color=_COLOURS[4], alpha=0.35, linewidth=0)
         axes.collections[-1].set_label(f"lowest to highest of {len(sites)} sites")
         _line(axes, rounds, highest)
         axes.lines[-1].set_label(f"highest at the end: {_site_label(curves[highest], len(sites))}")
     if budget is not None:
         axes.axhline(budget, color=_RED, linestyle="--", linewidth=1.2)
-        axes.lines[-1].set_label(f"allowed by the plan: {words.epsilon(budget)}")
+        axes.lines[-1].set_label(f"allowed by the plan: {words.rounded_up(budget)}")
     _mark_aborted(axes, rounds)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("epsilon spent so far (no unit)")
@@ -189,7 +188,7 @@ def _epsilon(rounds: Sequence[RoundRecord], budget: float | None) -> Plot | None
         "Epsilon spent since the first round; lower is more private. "
         "Aborted rounds are charged too.",
         f"Epsilon by round at {len(sites)} sites; the highest ends at "
-        f"{words.epsilon(highest[-1])}.",
+        f"{words.rounded_up(highest[-1])}.",
     )
 
 
@@ -199,7 +198,7 @@ def _sparsity(rounds: Sequence[RoundRecord]) -> Plot:
     _line(upper, rounds, [100 * record.sparsity for record in rounds])
     upper.set_ylabel("zero weights (%)")
     upper.set_ylim(-3, 103)
-    uploads = [list(r.upload_bytes.values()) or [math.nan] for r in rounds]
+    uploads = [[float(n) for n in r.upload_bytes.values()] or [math.nan] for r in rounds]
     unit, scale = words.size_unit(
         max((max(u) for u in uploads if not math.isnan(u[0])), default=0.0)
     )
@@ -219,7 +218,8 @@ def _sparsity(rounds: Sequence[RoundRecord]) -> Plot:
         "Sparsity and upload",
         "Above: the share of the model pruned after each round. Below: the upload message of a "
         "site, mean over sites"
-        + ("; the band spans the sites." if low != high else ". It shrinks a round later."),
+        + ("; the band spans the sites." if low != high else ".")
+        + " A round uploads what the rounds before it left.",
         f"Sparsity from {_first_to_last([r.sparsity for r in rounds], words.percent)}; "
         f"upload of a site from {told}.",
     )
@@ -233,7 +233,7 @@ def _by_phase(
     axis: str,
     caption: str,
 ) -> Plot | None:
-    """Stacked amounts by phase; `axis` empty means seconds, else bytes and between whom."""
+    """Stacked amounts by phase; `axis` empty means seconds, else bytes and over whom."""
     phases = list(dict.fromkeys(phase for record in rounds for phase in amounts(record)))
     if not phases:
         return None
@@ -253,8 +253,6 @@ def _by_phase(
         axes.stackplot(x, table / scale, labels=phases, colors=colours, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{unit} a round" + (f", {axis}" if axis else ""))
-    if axis:
-        axes.yaxis.label.set_fontsize(8)
     _legend(axes)
     shares = ", ".join(
         f"{phase} {told(float(row.sum()))}" for phase, row in zip(phases, table, strict=True)
@@ -278,7 +276,7 @@ def _round_axis(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
     first, last = rounds[0].round, rounds[-1].round
     margin = max(0.6, 0.02 * (last - first))
     axes.set_xlim(first - margin, last + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.set_xlabel("round")
 
 
@@ -307,7 +305,8 @@ def _mark_aborted(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
 def _legend(axes: Axes) -> None:
     """A legend above the axes, where it hides no point."""
     _, labels = axes.get_legend_handles_labels()
-    columns = 4 if sum(map(len, labels)) < 48 else 2 if max(map(len, labels)) < 38 else 1
+    width = max(map(len, labels)) + 5  # in letters, the line before the text included
+    columns = max(1, min(len(labels), 84 // width))
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context, Decimal
+from decimal import ROUND_CEILING, Context
 
 from securefl.records import RoundRecord, Summary
 
 _NAMES = {
     "test_accuracy": "test accuracy",
     "test_r2": "test R²",
-    "test_auc": "test area under the ROC curve",
+    "test_auc": "test AUC",
     "test_mae": "test mean absolute error",
     "test_mse": "test mean squared error",
     "test_loss": "test loss",
@@ -42,7 +42,7 @@ GUARANTEES: Mapping[str, Guarantee] = {
         "sees each site's update.",
     ),
     "bfv": Guarantee(
-        layers="integer encoding, BFV homomorphic encryption",
+        layers="integer encoding, BFV encryption",
         story="Each site encrypted its update before it left the site. The server added "
         "ciphertexts it holds no key for; only the sum over the sites was ever opened, by a site, "
         "once a round.",
@@ -60,10 +60,10 @@ def claim(summary: Summary) -> str:
         return f"NOT PRIVATE: {summary.why_not_private}"
     low, high = min(summary.epsilon.values()), max(summary.epsilon.values())
     spent = (
-        f"epsilon {epsilon(high)} at delta {number(summary.delta or 0.0)} at every site"
-        if epsilon(low) == epsilon(high)
-        else f"epsilon at most {epsilon(high)} (from {epsilon(low)}, by site) "
-        f"at delta {number(summary.delta or 0.0)}"
+        f"epsilon {rounded_up(high)} at delta {rounded_up(summary.delta or 0.0)} at every site"
+        if rounded_up(low) == rounded_up(high)
+        else f"epsilon at most {rounded_up(high)} (from {rounded_up(low)}, by site) "
+        f"at delta {rounded_up(summary.delta or 0.0)}"
     )
     return (
         f"Differential privacy: {spent}, {summary.adjacency}, accounted with {summary.accountant}"
@@ -83,10 +83,22 @@ def strongest_test(spent: float, delta: float, false_alarms: float = 0.01) -> fl
     return min(1.0, grown, 1 - math.exp(-spent) * (1 - delta - false_alarms))
 
 
-def epsilon(value: float) -> str:
-    """An epsilon to three digits, rounded up.
+def odds(spent: float) -> str:
+    """The factor exp(spent) to two digits, rounded up.
 
-    >>> epsilon(4.9), epsilon(4.9001), epsilon(0)
+    >>> odds(4.9), odds(0), odds(50)
+    ('140', '1', 'more than a million')
+    """
+    if spent > math.log(1e6):
+        return "more than a million"
+    up = Context(prec=2, rounding=ROUND_CEILING).create_decimal(repr(math.exp(spent)))
+    return f"{up.normalize():f}"
+
+
+def rounded_up(value: float) -> str:
+    """A privacy loss (an epsilon or a delta) to three digits, rounded up.
+
+    >>> rounded_up(4.9), rounded_up(4.9001), rounded_up(0)
     ('4.9', '4.91', '0')
     """
     up = Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(float(value)))
@@ -105,14 +117,21 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction as a percentage that reaches 100 % only when it is 1.
+    """A fraction as a percentage, rounded down: it reaches 100 % only when it is 1.
 
     >>> percent(0.9), percent(0.99996), percent(1)
     ('90 %', '99.9 %', '100 %')
     """
-    if value >= 1:
-        return "100 %"
-    return f"{Decimal(str(math.floor(value * 1000 + 1e-9) / 10)).normalize():f} %"
+    return f"{math.floor(value * 1000 + 1e-9) / 10:g} %"
+
+
+def percent_up(value: float) -> str:
+    """A fraction as a percentage, rounded up: how a leak is stated.
+
+    >>> percent_up(0.9926), percent_up(0.99996), percent_up(0.3)
+    ('99.3 %', '100 %', '30 %')
+    """
+    return f"{math.ceil(value * 1000 - 1e-9) / 10:g} %"
 
 
 def size(count: float) -> str:
@@ -167,6 +186,15 @@ def metric_name(key: str) -> str:
     return _NAMES.get(key, key.replace("_", " "))
 
 
+def sentence_case(text: str) -> str:
+    """`text` with a capital first letter and the rest as it is.
+
+    >>> sentence_case("test R²")
+    'Test R²'
+    """
+    return text[:1].upper() + text[1:]
+
+
 def in_order(metrics: Mapping[str, float]) -> list[str]:
     """The keys of `metrics`, the most telling first, the loss last."""
     known = [key for key in _NAMES if key in metrics and key != "test_loss"]
@@ -176,4 +204,4 @@ def in_order(metrics: Mapping[str, float]) -> list[str]:
 
 def highest_epsilon(record: RoundRecord) -> str:
     """The epsilon of the site that has spent most, or a dash without a plan."""
-    return epsilon(max(record.epsilon.values())) if record.epsilon else "–"
+    return rounded_up(max(record.epsilon.values())) if record.epsilon else "–"

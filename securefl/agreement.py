@@ -1,0 +1,51 @@
+"""What the server and every site compute alike before a round, and are bound to in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from protocols.catalogue import PROTOCOLS
+from protocols.encoding import FixedPoint
+from protocols.identity import digest
+from protocols.keystream import Keystream, Randomness, Seed
+from securefl.config import ConfigurationError, Experiment
+from securefl.state import GlobalState
+
+
+def encoding(experiment: Experiment, cohort: int) -> FixedPoint:
+    """How updates become integers when at most `cohort` sites contribute."""
+    protocol, aggregation = experiment.protocol, experiment.aggregation
+    cap = 1
+    if aggregation.weighting == "declared":
+        cap = max(aggregation.weights.values())
+    elif aggregation.weighting == "records":
+        cap = aggregation.weight_cap or 1
+    try:
+        return FixedPoint(
+            bits=protocol.bits,
+            clip=protocol.clip,
+            cohort=cohort,
+            slot_bits=PROTOCOLS[protocol.name].slot_bits(cohort),
+            weight_cap=cap,
+            weight_slot=aggregation.weighting == "records",
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"protocol: {error}") from None
+
+
+def public_weights(experiment: Experiment) -> Mapping[str, int] | None:
+    """The declared weight of each site; None where all weigh one or weights travel encrypted."""
+    aggregation = experiment.aggregation
+    return aggregation.weights if aggregation.weighting == "declared" else None
+
+
+def binding(experiment: Experiment, state: GlobalState, encoding: FixedPoint) -> bytes:
+    """SHA-256 over the experiment, the weights and pruning mask, and the encoding (32 bytes)."""
+    return digest("binding", experiment.digest(), state.digest(), repr(encoding).encode())
+
+
+def reproducible_randomness(seed: int, *context: str | int) -> Randomness:
+    """The draws of a run that is seeded for tests and therefore not private."""
+    material = hashlib.sha256(b"not private" + seed.to_bytes(8, "big")).digest()
+    return Keystream(Seed(material), "not private", repr(context).encode()).bytes

@@ -1,0 +1,447 @@
+"""The `securefl` command.
+
+Other packages add commands through the entry-point group `securefl.commands`: an entry is a
+`typer.Typer`, mounted under the entry's name, or a callable that is given the app.
+
+Exit status: 0 done; 1 the run failed; 2 the user's mistake; 130 interrupted. An error is one
+line on stderr that says what is wrong and how to mend it; `--debug` adds the traceback. Typer's
+own tracebacks stay off: they print local variables, and those hold keys and records.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import shlex
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import msgspec
+import typer
+from typer.core import TyperGroup
+
+from securefl import config
+from securefl.config import ConfigurationError
+
+# torch, matplotlib and rich are imported where they are used: `securefl --help` is quick.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from securefl.records import History, RoundRecord, Summary
+    from securefl.runs import Progress, Run
+
+GROUP = "securefl.commands"
+LATEST = Path("runs", "latest")
+
+
+class Format(StrEnum):
+    """How a command writes its result."""
+
+    text = "text"
+    json = "json"
+
+
+class OneLineErrors(TyperGroup):
+    """Turns every error into one line and an exit status, for joined commands too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(130) from None
+        except (typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if hasattr(error, "exit_code"):  # typer's own: usage errors and typer.Exit
+                raise
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            _say(_told(error))
+            raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from None
+
+
+app = typer.Typer(
+    name="securefl",
+    cls=OneLineErrors,
+    help="Privacy-hardened secure aggregation for federated learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Lay a value over the experiment, e.g. rounds=5."
+    ),
+]
+Directory = Annotated[
+    Path | None,
+    typer.Option(help="Run directory to make.  [default: runs/NAME-DATE-TIME]"),
+]
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"securefl {importlib.metadata.version('securefl')}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo("securefl (run from a source tree that is not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Privacy-hardened secure aggregation for federated learning."""
+
+
+@app.command()
+def demo(
+    settings: Settings = None,
+    directory: Directory = None,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Five hospitals train on real patients: private, encrypted, pruned. Under a minute."""
+    text = importlib.resources.files("securefl").joinpath("demo.toml").read_text(encoding="utf-8")
+    _start(config.parse(text, settings or (), origin="demo.toml"), directory, output)
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        Path | None, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment to run.")
+    ] = None,
+    settings: Settings = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Continue this run after its last finished round."),
+    ] = None,
+    directory: Directory = None,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Run an experiment, or continue one with --resume."""
+    if resume is None:
+        if experiment is None:
+            raise ConfigurationError("say which: securefl run EXPERIMENT.toml, or --resume RUN")
+        _start(config.load(experiment, settings or ()), directory, output)
+        return
+    for given, what in (
+        (experiment, "EXPERIMENT.toml"),
+        (settings, "--set"),
+        (directory, "--directory"),
+    ):
+        if given:
+            raise ConfigurationError(
+                f"{what} does not go with --resume: a resumed run keeps its experiment and its "
+                f"directory; leave it out, or start a new run"
+            )
+    from securefl import runs
+
+    _follow(lambda progress: runs.resume(resume, progress=progress), lambda: resume, output)
+
+
+@app.command()
+def report(
+    directory: RunDirectory = LATEST,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Write report.html from what a finished run recorded."""
+    from securefl.report import write_report
+
+    path = write_report(directory)
+    _print_json({"report": str(path)}) if output is Format.json else typer.echo(str(path))
+
+
+@app.command()
+def show(
+    directory: RunDirectory = LATEST,
+    last: Annotated[int, typer.Option(min=0, help="How many of the last rounds to list.")] = 10,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Show the summary and the last rounds of a run, of an unfinished one too."""
+    from securefl.records import read_history
+
+    history = read_history(directory)
+    rounds = history.rounds[-last:] if last else ()
+    if output is Format.json:
+        _print_json(
+            {
+                "directory": str(directory),
+                "finished": history.summary is not None,
+                "summary": history.summary,
+                "rounds": rounds,
+            }
+        )
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if history.summary is not None:
+        console.print(_summary_table(history.summary))
+    else:
+        for line in _unfinished(history):
+            console.print(line, markup=False, soft_wrap=True)
+    if rounds:
+        console.print(_rounds_table(rounds))
+
+
+def join(target: typer.Typer, entries: Iterable[importlib.metadata.EntryPoint]) -> None:
+    """Add the commands of other packages to `target`.
+
+    A package that cannot be loaded is named on stderr and left out: it must not keep anyone from
+    the other commands.
+    """
+    for entry in entries:
+        try:
+            loaded = entry.load()
+            if isinstance(loaded, typer.Typer):
+                target.add_typer(loaded, name=entry.name)
+            else:
+                loaded(target)
+        except Exception as error:
+            _say(f"command {entry.name!r} of {entry.value} is left out: {_told(error)}")
+
+
+def main() -> None:
+    """The command line: `sys.argv` in, an exit status out."""
+    join(app, importlib.metadata.entry_points(group=GROUP))
+    app()
+
+
+class Bars:
+    """Progress of a run as rich bars on a terminal, and nothing anywhere else.
+
+    Implements `securefl.runs.Progress`.
+    """
+
+    def __init__(self, console: Console) -> None:
+        from rich import progress
+
+        self._bars = progress.Progress(
+            progress.TextColumn("[bold]round {task.completed:.0f}/{task.total:.0f}"),
+            progress.BarColumn(bar_width=28),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("[dim]left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("[cyan]{task.fields[phase]:<9}"),
+            progress.TextColumn("{task.fields[latest]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bars.add_task("rounds", total=1, phase="", latest="", visible=False)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def started(self, rounds: int, done: int) -> None:
+        """The run has a budget of `rounds` updates, of which `done` are made."""
+        self._bars.update(
+            self._task, total=rounds, completed=done, phase="starting", visible=True, refresh=True
+        )
+
+    def phase(self, round_number: int, phase: str) -> None:
+        """Round `round_number` has entered `phase`."""
+        self._bars.update(self._task, phase=phase)
+
+    def finished(self, record: RoundRecord) -> None:
+        """A round is done."""
+        self._bars.update(self._task, completed=record.update, latest=_latest(record))
+
+
+def _start(experiment: config.Experiment, directory: Path | None, output: Format) -> None:
+    from securefl import runs
+
+    previous = _newest()
+
+    def made() -> Path | None:
+        if directory is not None:
+            return directory
+        return newest if (newest := _newest()) != previous else None
+
+    _follow(
+        lambda progress: runs.run(experiment, directory, progress=progress),
+        made,
+        output,
+    )
+
+
+def _follow(
+    work: Callable[[Progress], Run], directory: Callable[[], Path | None], output: Format
+) -> None:
+    """Do `work` under progress bars, then report; `directory` tells what can be resumed."""
+    from rich.console import Console
+
+    from securefl.records import REPORT
+    from securefl.report import write_report
+
+    try:
+        with Bars(Console(stderr=True)) as progress:
+            result = work(progress)
+    except KeyboardInterrupt:
+        _say(f"interrupted; {_way_on(directory())}")
+        raise typer.Exit(130) from None
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        error.add_note(_way_on(directory()))
+        raise
+    path = result.directory / REPORT
+    if not path.exists():  # killed after the last round, then resumed
+        write_report(result.directory)
+    if output is Format.json:
+        _print_json(
+            {
+                "directory": str(result.directory),
+                "report": str(path),
+                "summary": result.summary,
+            }
+        )
+        return
+    console = Console(highlight=False)
+    console.print(_summary_table(result.summary))
+    for name, place in (("run", result.directory), ("report", path)):
+        console.print(f"{name:<7}{place}", markup=False, soft_wrap=True)
+
+
+def _way_on(directory: Path | None) -> str:
+    if directory is None or not (directory / "experiment.toml").exists():
+        return "no run directory was made: start again"
+    return f"continue with: securefl run --resume {shlex.quote(str(directory))}"
+
+
+def _newest() -> Path | None:
+    """The directory of the newest run, relative to here, if there is one."""
+    return LATEST.parent / LATEST.readlink().name if LATEST.is_symlink() else None
+
+
+def _told(error: Exception) -> str:
+    """An error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif type(error).__module__.partition(".")[0] in ("securefl", "protocols", "attacks"):
+        line = str(error)  # our own errors say what to mend
+        if culprits := getattr(error, "culprits", ()):
+            line += f" (at fault: {', '.join(culprits)})"
+    else:
+        line = f"unexpected {type(error).__name__}: {error}; `securefl --debug ...` shows where"
+    return " ".join("; ".join([line, *getattr(error, "__notes__", ())]).split())
+
+
+def _say(line: str) -> None:
+    typer.echo(f"securefl: {line}", err=True)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def _latest(record: RoundRecord) -> str:
+    from securefl.report import words
+
+    keys = words.in_order(record.metrics)[:1]
+    parts = [f"{words.metric_name(k)} {words.number(record.metrics[k])}" for k in keys]
+    if record.epsilon:
+        parts.append(f"epsilon {words.highest_epsilon(record)}")
+    return "  ".join(parts)
+
+
+def _summary_table(summary: Summary) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from securefl.report import words
+
+    table = Table(title=Text(summary.name, style="bold"), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows: list[tuple[str, str]] = [
+        (words.metric_name(key), words.number(summary.metric[key]))
+        for key in words.in_order(summary.metric)
+    ]
+    rows += [
+        ("rounds", f"{summary.rounds:,} (stopped by {summary.stopped})"),
+        ("sites", f"{len(summary.sites)}"),
+        (
+            "parameters",
+            f"{summary.parameters:,}, {words.percent(summary.sparsity)} pruned at the end",
+        ),
+        ("protocol", summary.protocol),
+        (
+            "upload",
+            f"{words.number(summary.bytes_up_per_parameter)} bytes a parameter; "
+            f"last round {words.size(summary.bytes_up_last_round)}, "
+            f"all rounds {words.size(summary.bytes_up_total)}",
+        ),
+        ("time", words.duration(sum(summary.seconds.values()))),
+    ]
+    if summary.dropouts:
+        count = sum(map(len, summary.dropouts.values()))
+        rows.append(("dropouts", f"{count} in {len(summary.dropouts)} rounds"))
+    if summary.aborted_rounds:
+        rows.append(("aborted rounds", words.ranges(summary.aborted_rounds)))
+    style = "green" if summary.private else "bold red"
+    table.add_row("privacy", Text(words.claim(summary), style=style), end_section=True)
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    if summary.outside_guarantee:
+        table.add_section()
+        table.add_row("not covered", Text("\n".join(summary.outside_guarantee)))
+    return table
+
+
+def _rounds_table(rounds: Sequence[RoundRecord]) -> Table:
+    from rich.table import Table
+
+    from securefl.report import words
+
+    merit = words.in_order(rounds[-1].metrics)[:2]
+    headings = ("round", "update", *(k.removeprefix("test_") for k in merit), "epsilon")
+    table = Table(title="Last rounds", title_justify="left")
+    for heading in (*headings, "pruned", "up", "down", "time", "sites", "dropped"):
+        table.add_column(heading, justify="right")
+    for record in rounds:
+        table.add_row(
+            str(record.round),
+            str(record.update),
+            *(words.number(record.metrics[k]) if k in record.metrics else "–" for k in merit),
+            words.highest_epsilon(record),
+            words.percent(record.sparsity),
+            words.size(sum(record.bytes_up.values())),
+            words.size(sum(record.bytes_down.values())),
+            words.duration(sum(record.seconds.values())),
+            str(len(record.survivors)),
+            str(len(record.dropouts)),
+        )
+    return table
+
+
+def _unfinished(history: History) -> Sequence[str]:
+    done = history.rounds[-1].update if history.rounds else 0
+    place = shlex.quote(str(history.directory))
+    promise = "" if history.experiment.private else "; NOT PRIVATE"
+    return (
+        f"{history.experiment.name}: unfinished, {done:,} of at most "
+        f"{history.experiment.rounds:,} rounds done{promise}",
+        f"continue with: securefl run --resume {place}",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""One site: checks what it is asked, trains, encodes, and answers each phase of a round."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from protocols.catalogue import PROTOCOLS, UPLOAD
+from protocols.errors import ProtocolError, RefusedError
+from protocols.identity import Identity
+from protocols.keystream import Keystream, Randomness, Seed
+from protocols.rounds import Expected
+from securefl import agreement, models
+from securefl.config import ConfigurationError, Experiment
+from securefl.data import Table
+from securefl.messages import Answer, Refusal, Request
+from securefl.privacy.plan import RecordLocal
+from securefl.privacy.training import Trainer
+from securefl.state import GlobalState
+from securefl.store import SiteStore
+
+
+class BudgetSpentError(Exception):
+    """The next round would cost more than the plan promises."""
+
+
+@dataclass(slots=True)
+class _Round:
+    """A round this site is in: where its protocol stands, and what it already said."""
+
+    number: int
+    model: GlobalState
+    protocol_state: Any
+    randomness: Randomness
+    said: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+
+
+class Client:
+    """The process that acts for one site. Its records leave it only through `answer`.
+
+    Raises ConfigurationError when its own records do not fit the experiment.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        identity: Identity,
+        session: bytes,
+        table: Table,
+        plan: RecordLocal | None,
+        store: SiteStore,
+    ) -> None:
+        name = identity.name
+        _check_records(name, table, experiment)
+        self._experiment = experiment
+        self._identity = identity
+        self._session = session
+        self._plan = plan
+        self._store = store
+        self._protocol = PROTOCOLS[experiment.protocol.name]
+        self._encoding = agreement.encoding(experiment, len(identity.roster))
+        self._weight = _weight(name, table, experiment)
+        module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
+        self._size = models.layout(module).size
+        loss = models.loss(experiment.model, table.task)
+        device = resolve_device(experiment.device)
+        self._trainer = Trainer(module, loss, table, experiment.training, plan, device)
+        self._round: _Round | None = None
+
+    @property
+    def name(self) -> str:
+        """The site this client acts for."""
+        return self._identity.name
+
+    def answer(self, data: bytes) -> bytes:
+        """The reply to one request from the server, or a Refusal that says why there is none.
+
+        The same request again gets the same reply; another request for a phase that was answered
+        is refused, so that a noised vector enters one upload only.
+        """
+        try:
+            return Answer(self._answer(Request.from_bytes(data), data)).to_bytes()
+        except BudgetSpentError as error:
+            return Refusal("budget", str(error)).to_bytes()
+        except ProtocolError as error:
+            return Refusal("request", str(error)[:1000]).to_bytes()
+
+    def _answer(self, request: Request, data: bytes) -> bytes:
+        if request.session != self._session:
+            raise RefusedError("the request belongs to another session")
+        if self._round is None or request.round > self._round.number:
+            self._round = self._enter(request)
+        current = self._round
+        if request.round < current.number:
+            raise RefusedError(f"round {request.round} is over: round numbers only grow")
+        asked = hashlib.sha256(data).digest()
+        if request.phase in current.said:
+            before, reply = current.said[request.phase]
+            if asked != before:
+                raise RefusedError(f"phase {request.phase} was answered to another request")
+            return reply
+        slots = self._contribute(current) if request.phase == UPLOAD else None
+        current.protocol_state, reply = self._protocol.step(
+            request.phase, current.protocol_state, request.body, slots, current.randomness
+        )
+        current.said[request.phase] = (asked, reply)
+        return reply
+
+    def _enter(self, request: Request) -> _Round:
+        if request.round <= self._store.last_round:
+            raise RefusedError(f"round {request.round} was charged before: take a new number")
+        model = GlobalState.from_message(request.model, self._size)
+        randomness: Randomness = os.urandom
+        if self._experiment.not_private_seed is not None:
+            randomness = agreement.reproducible_randomness(
+                self._experiment.not_private_seed, self.name, model.update
+            )
+        expected = Expected(
+            identity=self._identity,
+            session=self._session,
+            round=request.round,
+            binding=agreement.binding(self._experiment, model, self._encoding),
+            minimum=self._experiment.protocol.minimum_cohort,
+            encoding=self._encoding,
+            length=model.surviving,
+        )
+        return _Round(request.round, model, expected, randomness)
+
+    def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
+        """Train and encode when the protocol asks for the first slot, after it checked the rest."""
+        if self._plan is not None:
+            if current.number <= self._store.last_round:
+                raise RefusedError(f"round {current.number} was charged before")
+            spend = self._plan.spent(self._store.charged + 1)
+            if not self._plan.affords(self._store.charged + 1):
+                raise BudgetSpentError(
+                    f"{self.name}: one more round would bring epsilon to {spend:.3f}, "
+                    f"above the promised {self._plan.epsilon:g}"
+                )
+            self._store.charge(current.number)
+        model = current.model
+        update = self._trainer.update(model.weights, model.mask, current.randomness)
+        rounding = Keystream(Seed.draw(current.randomness), "rounding")
+        try:
+            slots = self._encoding.encode(update[model.mask], self._weight, rounding)
+        except ValueError:
+            raise RefusedError(
+                f"{self.name}: local training diverged; lower training.learning_rate"
+            ) from None
+        yield from slots
+
+
+def _check_records(name: str, table: Table, experiment: Experiment) -> None:
+    """ConfigurationError when this site's records cannot be trained on as the experiment says."""
+    if table.task == "classification" and len(np.unique(table.target)) < 2:
+        held = table.classes[int(table.target[0])] if len(table) else "no"
+        raise ConfigurationError(
+            f"{name} holds records of one class only ({held}): choose another partition, a larger "
+            "sites.alpha, or fewer sites"
+        )
+    plan = experiment.privacy
+    if plan is not None and len(table) < plan.expected_batch:
+        raise ConfigurationError(
+            f"{name} holds fewer records than privacy.expected_batch = {plan.expected_batch}: "
+            "lower expected_batch or leave the site out"
+        )
+
+
+def _weight(name: str, table: Table, experiment: Experiment) -> int:
+    aggregation = experiment.aggregation
+    if aggregation.weighting == "declared":
+        if name not in aggregation.weights:
+            raise ConfigurationError(f"aggregation.weights has no weight for {name}: add one")
+        return aggregation.weights[name]
+    if aggregation.weighting == "records":
+        cap = aggregation.weight_cap or 0
+        if len(table) > cap:
+            raise ConfigurationError(
+                f"{name} holds more records than aggregation.weight_cap = {cap}: raise weight_cap"
+            )
+        return len(table)
+    return 1
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device an experiment names; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f'device = "{name}" but torch sees no GPU: use "auto" or "cpu"')
+    return torch.device(name)

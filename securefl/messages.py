@@ -1,0 +1,55 @@
+"""The framework's own messages: what wraps a protocol's messages, and the model on the wire."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from protocols.errors import MalformedMessageError
+from protocols.messages import Message, SessionId
+
+
+class Request(Message, frozen=True):
+    """S -> C: one phase of one round. `model`: a `ModelMessage`, in the first phase only."""
+
+    session: SessionId
+    round: Annotated[int, Meta(ge=1, le=2**62)]
+    phase: Annotated[str, Meta(max_length=32)]
+    body: bytes
+    model: bytes = b""
+
+
+class Answer(Message, frozen=True):
+    """C -> S: the protocol's reply."""
+
+    body: bytes
+
+
+class Refusal(Message, frozen=True):
+    """C -> S: why a site does not answer. "budget" is final for the run; "request" is not."""
+
+    kind: Literal["budget", "request"]
+    reason: Annotated[str, Meta(max_length=1000)]
+
+
+class ModelMessage(Message, frozen=True):
+    """S -> C: how many aggregates were applied, which weights survive, and their values.
+
+    mask: packed bits, ceil(size/8) bytes, or empty when nothing is pruned; weights: float32.
+    """
+
+    update: Annotated[int, Meta(ge=0, le=2**62)]
+    size: Annotated[int, Meta(ge=1, le=2**40)]
+    mask: bytes
+    weights: bytes
+
+
+def parse_reply(data: bytes) -> Answer | Refusal:
+    """An Answer or a Refusal; MalformedMessageError when `data` is neither."""
+    try:
+        reply = msgspec.msgpack.decode(data, type=Answer | Refusal)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
+        raise MalformedMessageError(f"not a reply: {error}") from None
+    return reply

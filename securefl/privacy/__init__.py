@@ -1,0 +1,1 @@
+"""What is promised (plan), how it is kept (training), and what it costs (accounting)."""

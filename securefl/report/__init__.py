@@ -1,0 +1,113 @@
+"""The report of a run: one self-contained page for those who answer for the records.
+
+`report.html` holds its own styles and pictures, asks for nothing from outside (its content
+security policy forbids it), runs no script, and prints on A4.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from securefl.config import ConfigurationError
+from securefl.records import REPORT, SUMMARY, History, Summary, read_history
+from securefl.report import words
+
+__all__ = ["write_report"]
+
+
+def write_report(directory: Path) -> Path:
+    """Write `report.html` into the finished run directory `directory`; return its path.
+
+    The same run gives the same bytes. The page is written whole or not at all.
+
+    Raises ConfigurationError when the folder is no run directory, holds a damaged file, or the
+    run is unfinished.
+    """
+    history = read_history(directory)
+    if history.summary is None:
+        raise ConfigurationError(
+            f"{directory} has no {SUMMARY}: the run is unfinished; finish it with "
+            f"`securefl run --resume {directory}`, or look at it with `securefl show {directory}`"
+        )
+    page = _render(history, history.summary)
+    path = directory / REPORT
+    unfinished = directory / f".{REPORT}.part"
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(page)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return path
+
+
+def _render(history: History, summary: Summary) -> str:
+    from securefl.report.plots import plots  # matplotlib is slow to import
+
+    plan = history.experiment.privacy
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("securefl.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    spent = max(summary.epsilon.values(), default=0.0)
+    return environment.get_template("report.html").render(
+        summary=summary,
+        experiment=history.experiment,
+        claim=words.claim(summary),
+        local_noise=plan is not None and plan.noise == "local",
+        odds=words.odds(spent),
+        delta=words.rounded_up(summary.delta or 0.0),
+        strongest=words.percent_up(words.strongest_test(spent, summary.delta or 0.0)),
+        guarantees=words.GUARANTEES,
+        figures=_figures(history, summary),
+        spending=_spending(summary),
+        plots=plots(history.rounds, plan.epsilon if plan else None),
+        dropouts=_dropouts(summary),
+        aborted=words.ranges(summary.aborted_rounds),
+    )
+
+
+def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
+    """The key figures, each with its name and unit."""
+    budget = history.experiment.rounds
+    merit = [
+        (words.sentence_case(words.metric_name(key)), words.number(summary.metric[key]))
+        for key in words.in_order(summary.metric)
+    ]
+    return [
+        *merit,
+        ("Sites", words.number(len(summary.sites))),
+        ("Rounds finished", f"{summary.rounds:,} of at most {budget:,}"),
+        ("Stopped by", summary.stopped),
+        ("Model parameters", f"{summary.parameters:,}"),
+        ("Pruned at the end", words.percent(summary.sparsity)),
+        ("Upload a parameter", f"{words.number(summary.bytes_up_per_parameter)} bytes"),
+        ("Uploaded, last round", words.size(summary.bytes_up_last_round)),
+        ("Uploaded, whole run", words.size(summary.bytes_up_total)),
+        ("Time in rounds", words.duration(sum(summary.seconds.values()))),
+        ("Aggregation protocol", summary.protocol),
+        ("securefl version", summary.version),
+    ]
+
+
+def _spending(summary: Summary) -> Sequence[tuple[str, str]]:
+    """(epsilon, the sites that spent it), the highest first."""
+    groups: dict[str, list[str]] = {}
+    for site in sorted(summary.epsilon, key=lambda site: -summary.epsilon[site]):
+        groups.setdefault(words.rounded_up(summary.epsilon[site]), []).append(site)
+    return [(spent, ", ".join(sites)) for spent, sites in groups.items()]
+
+
+def _dropouts(summary: Summary) -> Sequence[tuple[str, str, str]]:
+    """(site, reason, rounds), in the order of the sites."""
+    rounds: dict[tuple[str, str], list[int]] = {}
+    for number, gone in summary.dropouts.items():
+        for site, reason in gone.items():
+            rounds.setdefault((site, reason), []).append(int(number))
+    return [(site, why, words.ranges(rounds[site, why])) for site, why in sorted(rounds)]

@@ -1,0 +1,418 @@
+"""A whole run: from an experiment to a run directory, and on from one that was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol, final
+
+import msgspec
+import numpy as np
+from safetensors.numpy import save as save_tensors
+
+from protocols.errors import RoundAbortedError
+from protocols.identity import Roster
+from protocols.rounds import make_identities
+from securefl import models, simulation, store
+from securefl.algorithms import server_rule
+from securefl.client import Client, resolve_device
+from securefl.config import ConfigurationError, Experiment
+from securefl.engines import Exchange, inprocess
+from securefl.engines.workers import WorkerFailedError, Workers
+from securefl.evaluation import evaluate
+from securefl.privacy import accounting
+from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary, read_history
+from securefl.server import BudgetsSpentError, Round, Server
+from securefl.state import GlobalState, apply
+from securefl.store import ServerStore, SiteStore
+from securefl.transcript import recorded
+
+MOST_ABORTS = 3
+"""A run fails after this many aborted rounds in a row."""
+
+
+class Progress(Protocol):
+    """What is told while a run goes on."""
+
+    def started(self, rounds: int, done: int) -> None:
+        """The run begins, or continues after `done` of `rounds` rounds."""
+
+    def phase(self, round_number: int, phase: str) -> None:
+        """A phase of a round begins."""
+
+    def finished(self, record: RoundRecord) -> None:
+        """A round is finished and on disk."""
+
+
+class _Silent:
+    def started(self, rounds: int, done: int) -> None: ...
+    def phase(self, round_number: int, phase: str) -> None: ...
+    def finished(self, record: RoundRecord) -> None: ...
+
+
+class RunFailedError(RuntimeError):
+    """A run that cannot go on; what it finished is on disk and can be resumed."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    directory: Path
+    summary: Summary
+
+
+Wrap = Callable[[Exchange], Exchange]
+Replace = Callable[[Client], inprocess.Answering]
+
+
+def run(
+    experiment: Experiment,
+    directory: Path | None = None,
+    *,
+    progress: Progress | None = None,
+    exchange: Wrap | None = None,
+    clients: Mapping[str, Replace] | None = None,
+) -> Run:
+    """Run `experiment` into `directory`, by default runs/NAME-YYYYMMDD-HHMMSS.
+
+    `exchange` wraps what carries messages and `clients` replaces sites: the one seam through which
+    tests and attacks put an active server or a malicious site. Raises ConfigurationError for what
+    cannot be run, before anything is written, and RunFailedError for a run that cannot go on.
+    """
+    job = _Job(experiment, progress or _Silent(), exchange, clients or {})
+    folder = _new_folder(experiment.name) if directory is None else Path(directory)
+    if (folder / EXPERIMENT).exists():
+        raise ConfigurationError(f"{folder} holds a run already: resume it, or name another folder")
+    with store.exclusive(folder):
+        store.write(folder / EXPERIMENT, experiment.dump().encode())
+        if directory is None:
+            _point_latest_at(folder)
+        return job.go(folder)
+
+
+def resume(directory: Path, *, progress: Progress | None = None) -> Run:
+    """Continue the run in `directory` after its last finished round; a finished one is returned.
+
+    The round that was interrupted counts as aborted: its number is not used again, and what sites
+    were charged for it stays charged.
+    """
+    folder = Path(directory)
+    history = read_history(folder)
+    if history.summary is not None:
+        return Run(folder, history.summary)
+    job = _Job(history.experiment, progress or _Silent(), None, {})
+    with store.exclusive(folder):
+        return job.go(folder)
+
+
+class _Job:
+    """One run of one experiment: what is fixed before the first round."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        progress: Progress,
+        wrap: Wrap | None,
+        replaced: Mapping[str, Replace],
+    ) -> None:
+        self.experiment = experiment
+        self.progress = progress
+        self.wrap = wrap
+        self.replaced = replaced
+        self.consortium = simulation.assemble(experiment)
+        self.plan = simulation.plan(experiment)
+        self.rule = server_rule(experiment.aggregation)
+        test = self.consortium.test
+        self.module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)
+        self.layout = models.layout(self.module)
+        self.loss = models.loss(experiment.model, test.task)
+        self.device = resolve_device(experiment.device)
+        strangers = sorted(set(replaced) - set(self.consortium.sites))
+        if strangers:
+            raise ConfigurationError(f"clients replaces {strangers[0]}, which is not a site")
+        if replaced and experiment.engine.workers:
+            raise ConfigurationError("clients are replaced in process only: set engine.workers = 0")
+
+    def go(self, folder: Path) -> Run:
+        """Train to the end and write what a run directory holds."""
+        state, records = self._continue(folder)
+        server_store = ServerStore(folder)
+        session = os.urandom(16)
+        self.progress.started(self.experiment.rounds, state.update)
+        with self._engine(folder, session) as (roster, exchange):
+            server = Server(self.experiment, roster, session, exchange, self.progress.phase)
+            stopped = None
+            while stopped is None:
+                stopped = self._why_stop(state)
+                if stopped is None:
+                    result = self._round(server, server_store, state)
+                    if result is None:
+                        stopped = "privacy budget spent"
+                    else:
+                        started = time.perf_counter()
+                        mean = result.aggregate.mean
+                        moved = apply(state, mean, self.rule, self.layout, self.experiment)
+                        result.traffic.seconds["update"] = time.perf_counter() - started
+                        record = self._record(folder, records, result, state, moved)
+                        self._save(folder, moved, record)
+                        state = moved
+                        records.append(record)
+                        self.progress.finished(record)
+        return self._finish(folder, state, records, server_store.last_round, stopped)
+
+    def _continue(self, folder: Path) -> tuple[GlobalState, list[RoundRecord]]:
+        """The last finished round's state and all finished rounds' records."""
+        weights = models.flatten(self.module)
+        start = GlobalState(
+            0, weights, np.ones(len(weights), np.bool_), self.rule.start(len(weights))
+        )
+        checkpoints = sorted((folder / "checkpoints").glob("update-*.safetensors"))
+        if not checkpoints:
+            return start, []
+        state, last = GlobalState.from_checkpoint(checkpoints[-1])
+        if len(state.weights) != len(weights):
+            raise store.CorruptStoreError(f"{checkpoints[-1]} holds another model")
+        # The checkpoint is what counts: lines after it are dropped, its own is added if missing.
+        records = [
+            record
+            for record in (RoundRecord.from_json(x) for x in store.whole_lines(folder / METRICS))
+            if record.update < state.update
+        ]
+        records.append(RoundRecord.from_json(last))
+        lines = "".join(record.to_json() + "\n" for record in records)
+        store.write(folder / METRICS, lines.encode())
+        return state, records
+
+    @contextlib.contextmanager
+    def _engine(self, folder: Path, session: bytes) -> Iterator[tuple[Roster, Exchange]]:
+        names = tuple(self.consortium.sites)
+        consent = frozenset(self.experiment.transcript.consent)
+
+        def wrapped(exchange: Exchange) -> Exchange:
+            if consent:
+                exchange = recorded(exchange, folder / "transcript", consent)
+            return self.wrap(exchange) if self.wrap else exchange
+
+        if self.experiment.engine.workers:
+            with Workers(self.experiment, names, session, folder / "sites") as workers:
+                yield workers.roster, wrapped(workers.exchange)
+            return
+        identities = make_identities(names, os.urandom)
+        honest = {
+            name: simulation.client(
+                self.experiment, table, identities[name], session, folder / "sites" / name
+            )
+            for name, table in self.consortium.sites.items()
+        }
+        answering: dict[str, inprocess.Answering] = {
+            name: self.replaced[name](client) if name in self.replaced else client
+            for name, client in honest.items()
+        }
+        roster = identities[names[0]].roster
+        yield roster, wrapped(lambda phase, messages: inprocess.exchange(answering, messages))
+
+    def _why_stop(self, state: GlobalState) -> str | None:
+        if state.update >= self.experiment.rounds:
+            return "round budget"
+        stopping = self.experiment.stopping
+        if stopping is not None and state.quiet >= stopping.patience:
+            return "converged"
+        return None
+
+    def _round(self, server: Server, numbers: ServerStore, state: GlobalState) -> Round | None:
+        """The next round that succeeds; None when the sites' budgets are spent."""
+        for attempt in range(MOST_ABORTS):
+            try:
+                return server.round(numbers.begin(), state)
+            except BudgetsSpentError:
+                return None
+            except WorkerFailedError as error:
+                raise RunFailedError(str(error)) from error
+            except RoundAbortedError as error:
+                if attempt == MOST_ABORTS - 1:
+                    raise RunFailedError(
+                        f"{MOST_ABORTS} rounds in a row were aborted, the last because: {error}"
+                    ) from error
+        raise AssertionError("unreachable")
+
+    def _record(
+        self,
+        folder: Path,
+        records: list[RoundRecord],
+        result: Round,
+        before: GlobalState,
+        after: GlobalState,
+    ) -> RoundRecord:
+        models.assign(self.module, after.weights)
+        past = records[-1].round if records else 0
+        aggregate, traffic = result.aggregate, result.traffic
+        out = {site: why for site, why in result.faults.items() if site in self.consortium.sites}
+        survivors = tuple(site for site in self.consortium.sites if site in aggregate.contributors)
+        return RoundRecord(
+            round=result.number,
+            update=after.update,
+            metrics=evaluate(self.module, self.loss, self.consortium.test, self.device),
+            epsilon=self._spent(folder),
+            bytes_up=dict(traffic.bytes_up),
+            bytes_down=dict(traffic.bytes_down),
+            upload_bytes=traffic.upload_bytes,
+            seconds=dict(traffic.seconds),
+            parameters=before.surviving,
+            sparsity=after.sparsity,
+            survivors=survivors,
+            dropouts={site: why for site, why in out.items() if site not in survivors},
+            aborted=tuple(range(past + 1, result.number)),
+        )
+
+    def _spent(self, folder: Path) -> dict[str, float]:
+        """What each site has spent, from its own durable count."""
+        if self.plan is None:
+            return {}
+        return {
+            site: self.plan.spent(SiteStore(folder / "sites" / site).charged)
+            for site in self.consortium.sites
+        }
+
+    @staticmethod
+    def _save(folder: Path, state: GlobalState, record: RoundRecord) -> None:
+        """Make a round durable: first the checkpoint, which is what a resumed run starts from."""
+        checkpoints = folder / "checkpoints"
+        line = record.to_json()
+        store.write(
+            checkpoints / f"update-{state.update:06d}.safetensors", state.to_checkpoint(line)
+        )
+        store.append_line(folder / METRICS, line)
+        for old in sorted(checkpoints.glob("update-*.safetensors"))[:-2]:
+            old.unlink()
+
+    def _finish(
+        self,
+        folder: Path,
+        state: GlobalState,
+        records: list[RoundRecord],
+        last_round: int,
+        stopped: str,
+    ) -> Run:
+        if not records:
+            raise RunFailedError(f"no round was finished: {stopped}")
+        summary = self._summary(folder, state, records, last_round, stopped)
+        self._write_model(folder, state)
+        store.write(folder / SUMMARY, msgspec.json.format(summary.to_json()).encode() + b"\n")
+        from securefl.report import write_report
+
+        write_report(folder)
+        return Run(folder, summary)
+
+    def _write_model(self, folder: Path, state: GlobalState) -> None:
+        tensors = {
+            name: state.weights[part].reshape(shape)
+            for name, shape, part in zip(
+                self.layout.names, self.layout.shapes, self.layout.slices(), strict=True
+            )
+        }
+        test = self.consortium.test
+        about = {
+            "version": 1,
+            "model": self.experiment.model.model_dump(mode="json"),
+            "shape": list(test.shape),
+            "outputs": test.outputs,
+            "task": test.task,
+            "features": list(test.names),
+            "classes": list(test.classes),
+            "scaling": self.experiment.data.model_dump(
+                mode="json", include={"ranges", "default_range", "target_range"}
+            ),
+            "update": state.update,
+            "sparsity": state.sparsity,
+            "private": self.experiment.private,
+        }
+        store.write(folder / "model.safetensors", save_tensors(tensors))
+        store.write(folder / "model.json", json.dumps(about, indent=2).encode() + b"\n")
+
+    def _summary(
+        self,
+        folder: Path,
+        state: GlobalState,
+        records: list[RoundRecord],
+        last_round: int,
+        stopped: str,
+    ) -> Summary:
+        last = records[-1]
+        dense = [r for r in records if r.parameters == len(state.weights)][-1]
+        finished = {record.round for record in records}
+        seconds: Counter[str] = Counter()
+        for record in records:
+            seconds.update(record.seconds)
+        plan, experiment = self.plan, self.experiment
+        why_not = None
+        if plan is None:
+            why_not = "no privacy plan: the experiment has no [privacy] section"
+        elif experiment.not_private_seed is not None:
+            why_not = "not_private_seed makes sampling and noise predictable; it is for tests"
+        return Summary(
+            name=experiment.name,
+            protocol=experiment.protocol.name,
+            rounds=len(records),
+            sites=tuple(self.consortium.sites),
+            parameters=len(state.weights),
+            sparsity=state.sparsity,
+            metric=last.metrics,
+            private=why_not is None,
+            why_not_private=why_not,
+            epsilon=self._spent(folder),
+            delta=plan.delta if plan else None,
+            adjacency=accounting.ADJACENCY if plan else None,
+            accountant=accounting.ACCOUNTANT if plan else None,
+            bytes_up_per_parameter=float(np.mean(list(dense.upload_bytes.values())))
+            / dense.parameters,
+            bytes_up_last_round=sum(last.bytes_up.values()),
+            bytes_up_total=sum(sum(record.bytes_up.values()) for record in records),
+            seconds=dict(seconds),
+            dropouts={str(r.round): r.dropouts for r in records if r.dropouts},
+            aborted_rounds=tuple(n for n in range(1, last_round + 1) if n not in finished),
+            stopped=stopped,
+            outside_guarantee=self._outside_guarantee(),
+            version=importlib.metadata.version("securefl"),
+        )
+
+    def _outside_guarantee(self) -> tuple[str, ...]:
+        """What was read from records outside the plan, in sentences for the report."""
+        data, sentences = self.experiment.data, []
+        sentences.append(
+            f"{len(self.consortium.test)} held-out test records were read in clear after every "
+            "round to compute the test figures; they are not protected by the plan."
+        )
+        sentences.append(
+            "This is a simulation: one program divided the records among the sites and held out "
+            "the test records, and read all of them to do so."
+        )
+        if self.consortium.test.task == "classification" and data.classes is None:
+            sentences.append("The names of the classes were read from the records.")
+        return tuple(sentences)
+
+
+def _new_folder(name: str) -> Path:
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs", f"{name}-{stamp}")
+    for again in range(2, 1000):
+        if not folder.exists():
+            break
+        folder = Path("runs", f"{name}-{stamp}-{again}")
+    return folder
+
+
+def _point_latest_at(folder: Path) -> None:
+    """runs/latest points at the newest run; replaced in one step."""
+    link = folder.parent / f".latest-{os.getpid()}"
+    link.symlink_to(folder.name)
+    link.replace(folder.parent / "latest")

@@ -1,0 +1,137 @@
+"""The server's side of a round. It relays, adds and measures; it holds no key and no record."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from protocols.catalogue import PROTOCOLS, UPLOAD
+from protocols.encoding import Aggregate
+from protocols.errors import MalformedMessageError, RoundAbortedError
+from protocols.identity import Roster
+from protocols.messages import Begin
+from securefl import agreement
+from securefl.config import Experiment
+from securefl.engines import Exchange
+from securefl.messages import Answer, Refusal, Request, parse_reply
+from securefl.state import GlobalState
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one round moved and how long it took, by phase."""
+
+    bytes_up: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    bytes_down: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    upload_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A finished round."""
+
+    number: int
+    aggregate: Aggregate
+    faults: Mapping[str, str]
+    traffic: Traffic
+
+
+class BudgetsSpentError(RoundAbortedError):
+    """Too few sites have privacy budget left for another round."""
+
+
+class Server:
+    """Drives the protocol of an experiment over an exchange, one round at a time."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        roster: Roster,
+        session: bytes,
+        exchange: Exchange,
+        entered: Callable[[int, str], None],
+    ) -> None:
+        self._experiment = experiment
+        self._roster = roster
+        self._session = session
+        self._exchange = exchange
+        self._entered = entered
+        self._encoding = agreement.encoding(experiment, len(roster))
+
+    def round(self, number: int, state: GlobalState) -> Round:
+        """One round: its aggregate, who fell out and why, and what it moved.
+
+        `entered(number, phase)` is called as each phase begins. Raises RoundAbortedError when too
+        few sites answered, BudgetsSpentError when that is because their budgets are spent.
+        """
+        begin = Begin(
+            session=self._session,
+            round=number,
+            cohort=tuple(self._roster),
+            minimum=min(self._experiment.protocol.minimum_cohort, len(self._roster)),
+            binding=agreement.binding(self._experiment, state, self._encoding),
+        )
+        protocol = PROTOCOLS[self._experiment.protocol.name]
+        steps = protocol.server(
+            begin,
+            self._roster,
+            self._encoding,
+            state.surviving,
+            agreement.public_weights(self._experiment),
+        )
+        traffic, refusals = Traffic(), dict[str, Refusal]()
+        model = state.to_message()
+        try:
+            requests = next(steps)
+            while True:
+                replies = self._ask(number, requests.phase, requests.messages, model, traffic)
+                refusals |= {s: r for s, r in replies.items() if isinstance(r, Refusal)}
+                bodies = {s: r.body for s, r in replies.items() if isinstance(r, Answer)}
+                model = b""
+                started = time.perf_counter()
+                try:
+                    requests = steps.send(bodies)
+                finally:
+                    traffic.seconds["aggregate"] += time.perf_counter() - started
+        except StopIteration as done:
+            faults = {**done.value.faults}
+            faults |= {s: f"refused: {r.reason}" for s, r in refusals.items() if s in faults}
+            return Round(number, done.value.aggregate, faults, traffic)
+        except RoundAbortedError as error:
+            spent = [site for site, r in refusals.items() if r.kind == "budget"]
+            reasons = "; ".join(f"{s}: {r.reason}" for s, r in sorted(refusals.items()))
+            message = f"{error}" + (f" [{reasons}]" if reasons else "")
+            if len(self._roster) - len(spent) < begin.minimum:
+                raise BudgetsSpentError(message, error.culprits) from None
+            raise RoundAbortedError(message, error.culprits) from None
+
+    def _ask(
+        self,
+        number: int,
+        phase: str,
+        messages: Mapping[str, bytes],
+        model: bytes,
+        traffic: Traffic,
+    ) -> dict[str, Answer | Refusal]:
+        self._entered(number, phase)
+        wire = {
+            site: Request(self._session, number, phase, body, model).to_bytes()
+            for site, body in messages.items()
+        }
+        started = time.perf_counter()
+        answers = self._exchange(phase, wire)
+        traffic.seconds[phase] += time.perf_counter() - started
+        traffic.bytes_down[phase] += sum(map(len, wire.values()))
+        replies: dict[str, Answer | Refusal] = {}
+        for site, data in answers.items():
+            traffic.bytes_up[phase] += len(data)
+            if phase == UPLOAD:
+                traffic.upload_bytes[site] = len(data)
+            try:
+                replies[site] = parse_reply(data)
+            except MalformedMessageError as error:
+                replies[site] = Refusal("request", str(error)[:1000])
+        return replies

@@ -1,0 +1,150 @@
+"""The global model as a value, and the one function that moves it.
+
+`apply` is elementwise float64 rounded to float32, so that a server and every site that repeats it
+get the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from protocols.errors import MalformedMessageError
+from securefl import config
+from securefl.algorithms import ServerRule
+from securefl.messages import ModelMessage
+from securefl.models import Layout
+from securefl.pruning import prune, target_sparsity
+from securefl.store import CorruptStoreError
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class GlobalState:
+    """The model after `update` applied aggregates.
+
+    weights: float32[d], zero where `mask` (bool[d]) is false. moments: the server rule's state.
+    quiet: rounds in a row in which the weights hardly moved, for the stopping rule.
+    """
+
+    update: int
+    weights: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    moments: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    quiet: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights.shape != self.mask.shape or self.weights.ndim != 1:
+            raise ValueError("weights and mask must be vectors of one length")
+
+    @property
+    def surviving(self) -> int:
+        """Weights that are not pruned: what an upload carries."""
+        return int(np.count_nonzero(self.mask))
+
+    @property
+    def sparsity(self) -> float:
+        """The pruned fraction of all weights."""
+        return 1.0 - self.surviving / len(self.mask)
+
+    def to_message(self) -> bytes:
+        """What a site is sent: the mask and the surviving weights."""
+        dense = bool(self.mask.all())
+        mask = b"" if dense else np.packbits(self.mask, bitorder="little").tobytes()
+        weights = self.weights if dense else self.weights[self.mask]
+        body = weights.astype("<f4", copy=False).tobytes()
+        return ModelMessage(self.update, len(self.mask), mask, body).to_bytes()
+
+    @classmethod
+    def from_message(cls, data: bytes, size: int) -> GlobalState:
+        """The model in `data`, of `size` weights; MalformedMessageError when it is not one."""
+        message = ModelMessage.from_bytes(data)
+        if message.size != size:
+            raise MalformedMessageError(f"the model has {message.size} weights, not {size}")
+        mask = np.ones(size, np.bool_)
+        if message.mask:
+            if len(message.mask) != (size + 7) // 8:
+                raise MalformedMessageError("the pruning mask has the wrong length")
+            bits = np.unpackbits(np.frombuffer(message.mask, np.uint8), bitorder="little")
+            mask, spare = bits[:size].astype(np.bool_), bits[size:]
+            if spare.any() or mask.all():
+                raise MalformedMessageError("the pruning mask is not in its one form")
+        surviving = int(np.count_nonzero(mask))
+        if surviving == 0 or len(message.weights) != 4 * surviving:
+            raise MalformedMessageError("the model's weights do not fit its pruning mask")
+        weights = np.zeros(size, np.float32)
+        weights[mask] = np.frombuffer(message.weights, "<f4")
+        if not np.isfinite(weights).all():
+            raise MalformedMessageError("the model has weights that are not finite")
+        return cls(message.update, weights, mask)
+
+    def digest(self) -> bytes:
+        """SHA-256 of `to_message()`: what a round is bound to (32 bytes)."""
+        return hashlib.sha256(self.to_message()).digest()
+
+    def to_checkpoint(self, record: str) -> bytes:
+        """Everything a run continues from, as safetensors; `record` is the round's JSON line."""
+        tensors: dict[str, NDArray[Any]] = {
+            "weights": self.weights,
+            "mask": self.mask.astype(np.uint8),
+        }
+        tensors |= {f"moments.{name}": value for name, value in self.moments.items()}
+        about = {"update": self.update, "quiet": self.quiet}
+        return save_tensors(tensors, {"securefl": json.dumps(about), "record": record})
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> tuple[GlobalState, str]:
+        """The state and the record in the file `path`; CorruptStoreError when it is damaged."""
+        try:
+            data = path.read_bytes()
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            about = json.loads(header["__metadata__"]["securefl"])
+            tensors = load_tensors(data)
+            moments = {
+                name.removeprefix("moments."): value
+                for name, value in tensors.items()
+                if name.startswith("moments.")
+            }
+            mask = tensors["mask"].astype(np.bool_)
+            state = cls(about["update"], tensors["weights"], mask, moments, about["quiet"])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CorruptStoreError(f"{path} is not a checkpoint: {error}") from None
+        return state, header["__metadata__"]["record"]
+
+
+def apply(
+    state: GlobalState,
+    mean: NDArray[np.float64],
+    rule: ServerRule,
+    layout: Layout,
+    experiment: config.Experiment,
+) -> GlobalState:
+    """The next state: move by the mean update of the surviving weights, then prune.
+
+    mean: float64[state.surviving]. Reads only the aggregate, so it costs no privacy.
+    """
+    update = np.zeros(len(state.mask))
+    update[state.mask] = mean
+    moved, moments = rule.step(state.weights.astype(np.float64), update, state.moments)
+    weights = (moved * state.mask).astype(np.float32)
+    mask = state.mask
+    if experiment.pruning is not None:
+        sparsity = target_sparsity(experiment.pruning, state.update + 1, experiment.rounds)
+        mask = prune(weights, mask, layout, sparsity, experiment.pruning.scope)
+        weights = weights * mask
+    quiet = 0
+    if experiment.stopping is not None:
+        distance = np.linalg.norm(weights.astype(np.float64) - state.weights)
+        still = distance <= experiment.stopping.tolerance * np.linalg.norm(state.weights)
+        quiet = state.quiet + 1 if still else 0
+    return GlobalState(state.update + 1, weights, mask, moments, quiet)

@@ -1,0 +1,134 @@
+"""Durable state: written whole, synced, and renamed into place before anything depends on it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from securefl.config import ConfigurationError
+
+_Record = TypeVar("_Record", bound=msgspec.Struct)
+
+
+class CorruptStoreError(RuntimeError):
+    """A file of ours that does not hold what we wrote: names the file."""
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, so that a crash at any instant leaves the old or the new whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to `path` and sync it; a line cut by a crash is dropped by `whole_lines`."""
+    with path.open("ab") as file:
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The complete lines of `path`; none when it does not exist."""
+    if not path.exists():
+        return []
+    return [line.decode() for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; ConfigurationError when another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"{folder} is in use by another process: wait for it"
+            ) from None
+        yield
+
+
+class _SiteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    charged: Annotated[int, Meta(ge=0)]
+    last_round: Annotated[int, Meta(ge=0)]
+
+
+class SiteStore:
+    """What a site must never forget: the rounds it was charged for and the last one it entered."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "site.json"
+        self._record = _read(self._path, _SiteRecord, _SiteRecord(1, 0, 0))
+
+    @property
+    def charged(self) -> int:
+        """Rounds charged so far, aborted ones included."""
+        return self._record.charged
+
+    @property
+    def last_round(self) -> int:
+        """The highest round number that was charged."""
+        return self._record.last_round
+
+    def charge(self, round_number: int) -> None:
+        """Charge one round, durably, before anything that depends on it is computed."""
+        if round_number <= self.last_round:
+            raise ValueError(f"round {round_number} does not follow round {self.last_round}")
+        self._record = _SiteRecord(1, self.charged + 1, round_number)
+        write(self._path, msgspec.json.encode(self._record))
+
+
+class _ServerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    last_round: Annotated[int, Meta(ge=0)]
+
+
+class ServerStore:
+    """What a server must never forget: the last round number it began."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "server.json"
+        self._record = _read(self._path, _ServerRecord, _ServerRecord(1, 0))
+
+    @property
+    def last_round(self) -> int:
+        """The highest round number that was begun; numbers only grow."""
+        return self._record.last_round
+
+    def begin(self) -> int:
+        """The next round number, durable before it is used."""
+        self._record = _ServerRecord(1, self.last_round + 1)
+        write(self._path, msgspec.json.encode(self._record))
+        return self.last_round
+
+
+def _read(path: Path, kind: type[_Record], missing: _Record) -> _Record:
+    if not path.exists():
+        return missing
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.MsgspecError as error:
+        raise CorruptStoreError(f"{path} is damaged: {error}; restore it from a backup") from None
