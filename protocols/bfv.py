@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, final
 
@@ -69,6 +69,8 @@ class Parameters:
     def __post_init__(self) -> None:
         if self.plain_bits < 2:
             raise ValueError(f"plain_bits = {self.plain_bits}: use at least 2")
+        if self.additions < 1:
+            raise ValueError(f"additions = {self.additions}: use at least 1")
         if (43 * self.additions + 2) << self.plain_bits >= MODULUS:
             raise ValueError(
                 f"a sum of {self.additions} ciphertexts modulo 2^{self.plain_bits} could fail to "
@@ -309,26 +311,35 @@ class Sum:
             )
         data = np.frombuffer(wire, np.uint8)
         whole = self.slots // DEGREE
-        rows = data[: whole * BLOCK_BYTES].reshape(whole, BLOCK_BYTES)
         seeds = np.empty((_blocks(self.slots), SEED_BYTES), np.uint8)
-        seeds[:whole] = rows[:, :SEED_BYTES]
-        c0 = np.empty(self.slots, np.uint64)
-        for start in range(0, whole, _BLOCKS_AT_A_TIME):
-            part = rows[start : start + _BLOCKS_AT_A_TIME, SEED_BYTES:]
-            at = start * DEGREE
-            c0[at : at + len(part) * DEGREE] = _coefficients(part.reshape(-1), len(part) * DEGREE)
+        seeds[:whole] = data[: whole * BLOCK_BYTES].reshape(-1, BLOCK_BYTES)[:, :SEED_BYTES]
         if self.slots % DEGREE:
-            last = data[whole * BLOCK_BYTES :]
-            seeds[whole] = last[:SEED_BYTES]
-            c0[whole * DEGREE :] = _coefficients(last[SEED_BYTES:], self.slots % DEGREE)
-        starts = np.arange(0, self.slots, DEGREE)
-        empty = np.flatnonzero(~np.logical_or.reduceat(c0 != 0, starts))
-        if empty.size:
-            raise MalformedMessageError(f"block {int(empty[0])} of a ciphertext is all zero")
-        self._c0 += c0
-        # Both are below q < 2^63, and an unsigned x - q wraps to a huge number when x < q.
-        np.minimum(self._c0, self._c0 - np.uint64(MODULUS), out=self._c0)
+            seeds[whole] = data[whole * BLOCK_BYTES :][:SEED_BYTES]
+        # Parsed twice, so that nothing is added before everything is known to be sound and no
+        # second vector has to be held.
+        for start, c0 in self._parse(data):
+            starts = np.arange(0, len(c0), DEGREE)
+            empty = np.flatnonzero(~np.logical_or.reduceat(c0 != 0, starts))
+            if empty.size:
+                block = start // DEGREE + int(empty[0])
+                raise MalformedMessageError(f"block {block} of a ciphertext is all zero")
+        for start, c0 in self._parse(data):
+            total = self._c0[start : start + len(c0)]
+            total += c0
+            # Both were below q < 2^63, and an unsigned x - q wraps to a huge number when x < q.
+            np.minimum(total, total - np.uint64(MODULUS), out=total)
         self._seeds.append(seeds)
+
+    def _parse(self, data: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        """The coefficients of a ciphertext, some blocks at a time, each with its first slot."""
+        whole = self.slots // DEGREE
+        rows = data[: whole * BLOCK_BYTES].reshape(whole, BLOCK_BYTES)
+        for block in range(0, whole, _BLOCKS_AT_A_TIME):
+            part = rows[block : block + _BLOCKS_AT_A_TIME, SEED_BYTES:]
+            yield block * DEGREE, _coefficients(part.reshape(-1), len(part) * DEGREE)
+        if self.slots % DEGREE:
+            last = data[whole * BLOCK_BYTES + SEED_BYTES :]
+            yield whole * DEGREE, _coefficients(last, self.slots % DEGREE)
 
     def to_bytes(self) -> bytes:
         """The sum on the wire: sum_bytes(slots, contributions) bytes."""

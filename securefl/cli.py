@@ -407,27 +407,28 @@ def _summary_table(summary: Summary) -> Table:
 
 
 def _rounds_table(rounds: Sequence[RoundRecord]) -> Table:
+    from rich import box
     from rich.table import Table
 
     from securefl.report import words
 
     merit = words.in_order(rounds[-1].metrics)[:2]
-    headings = ("round", "update", *(k.removeprefix("test_") for k in merit), "epsilon")
-    table = Table(title="Last rounds", title_justify="left")
-    for heading in (*headings, "pruned", "up", "down", "time", "sites", "dropped"):
-        table.add_column(heading, justify="right")
+    names = [key.removeprefix("test_") for key in merit]
+    table = Table(
+        title="Last rounds", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in ("round", *names, "epsilon", "pruned", "up", "down", "time", "sites"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in rounds:
         table.add_row(
             str(record.round),
-            str(record.update),
             *(words.number(record.metrics[k]) if k in record.metrics else "–" for k in merit),
             words.highest_epsilon(record),
             words.percent(record.sparsity),
             words.size(sum(record.bytes_up.values())),
             words.size(sum(record.bytes_down.values())),
             words.duration(sum(record.seconds.values())),
-            str(len(record.survivors)),
-            str(len(record.dropouts)),
+            f"{len(record.survivors)}/{len(record.survivors) + len(record.dropouts)}",
         )
     return table
 

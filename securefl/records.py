@@ -45,7 +45,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 if isinstance(tree, dict) and isinstance(tree.get(field), dict):
                     tree[field] = {k: math.nan if v is None else v for k, v in tree[field].items()}
             return msgspec.convert(tree, cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             what = str(error).replace("`", "").replace("$.", "")
             raise ConfigurationError(
                 f"{where} is damaged: {what}; restore the file from a copy, or repeat the run"

@@ -31,7 +31,7 @@ from securefl.evaluation import evaluate
 from securefl.privacy import accounting
 from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary, read_history
 from securefl.server import BudgetsSpentError, Round, Server
-from securefl.state import GlobalState, apply
+from securefl.state import DivergedError, GlobalState, apply
 from securefl.store import ServerStore, SiteStore
 from securefl.transcript import recorded
 
@@ -151,24 +151,31 @@ class _Job:
         self.progress.started(self.experiment.rounds, state.update)
         with self._engine(folder, session) as (roster, exchange):
             server = Server(self.experiment, roster, session, exchange, self.progress.phase)
-            stopped = None
+            stopped = self._why_stop(state)
             while stopped is None:
-                stopped = self._why_stop(state)
-                if stopped is None:
-                    result = self._round(server, server_store, state)
-                    if result is None:
-                        stopped = "privacy budget spent"
-                    else:
-                        started = time.perf_counter()
-                        mean = result.aggregate.mean
-                        moved = apply(state, mean, self.rule, self.layout, self.experiment)
-                        result.traffic.seconds["update"] = time.perf_counter() - started
-                        record = self._record(folder, records, result, state, moved)
-                        self._save(folder, moved, record)
-                        state = moved
-                        records.append(record)
-                        self.progress.finished(record)
+                result = self._round(server, server_store, state)
+                if result is None:
+                    stopped = "privacy budget spent"
+                else:
+                    state = self._advance(folder, state, records, result)
+                    stopped = self._why_stop(state)
         return self._finish(folder, state, records, server_store.last_round, stopped)
+
+    def _advance(
+        self, folder: Path, state: GlobalState, records: list[RoundRecord], result: Round
+    ) -> GlobalState:
+        """Apply an aggregate, evaluate, and make the round durable."""
+        started = time.perf_counter()
+        try:
+            moved = apply(state, result.aggregate.mean, self.rule, self.layout, self.experiment)
+        except DivergedError as error:
+            raise RunFailedError(f"round {result.number}: {error}") from None
+        result.traffic.seconds["update"] = time.perf_counter() - started
+        record = self._record(folder, records, result, state, moved)
+        self._save(folder, moved, record)
+        records.append(record)
+        self.progress.finished(record)
+        return moved
 
     def _continue(self, folder: Path) -> tuple[GlobalState, list[RoundRecord]]:
         """The last finished round's state and all finished rounds' records."""
@@ -387,16 +394,17 @@ class _Job:
 
     def _outside_guarantee(self) -> tuple[str, ...]:
         """What was read from records outside the plan, in sentences for the report."""
-        data, sentences = self.experiment.data, []
+        data, test = self.experiment.data, self.consortium.test
+        sentences = []
         sentences.append(
-            f"{len(self.consortium.test)} held-out test records were read in clear after every "
+            f"{len(test)} held-out test records were read in clear after every "
             "round to compute the test figures; they are not protected by the plan."
         )
         sentences.append(
             "This is a simulation: one program divided the records among the sites and held out "
             "the test records, and read all of them to do so."
         )
-        if self.consortium.test.task == "classification" and data.classes is None:
+        if data.source == "table" and test.task == "classification" and data.classes is None:
             sentences.append("The names of the classes were read from the records.")
         return tuple(sentences)
 

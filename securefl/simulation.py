@@ -28,7 +28,8 @@ class Consortium:
 def assemble(experiment: Experiment) -> Consortium:
     """Load, hold out and divide the records as the experiment says, from its public seed."""
     table = data.load(experiment.data)
-    train, test = data.split(table, experiment.data.test_fraction, experiment.seed)
+    by = experiment.sites.column if experiment.sites.partition == "column" else None
+    train, test = data.split(table, experiment.data.test_fraction, experiment.seed, by)
     sites = data.partition(train, experiment.sites, experiment.seed)
     minimum = experiment.protocol.minimum_cohort
     if len(sites) < minimum:

@@ -28,6 +28,10 @@ from securefl.pruning import prune, target_sparsity
 from securefl.store import CorruptStoreError
 
 
+class DivergedError(RuntimeError):
+    """Weights that are no longer finite."""
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class GlobalState:
@@ -132,11 +136,15 @@ def apply(
     """The next state: move by the mean update of the surviving weights, then prune.
 
     mean: float64[state.surviving]. Reads only the aggregate, so it costs no privacy.
+    Raises DivergedError when a weight is no longer finite.
     """
     update = np.zeros(len(state.mask))
     update[state.mask] = mean
     moved, moments = rule.step(state.weights.astype(np.float64), update, state.moments)
-    weights = (moved * state.mask).astype(np.float32)
+    with np.errstate(over="ignore"):
+        weights = (moved * state.mask).astype(np.float32)
+    if not np.isfinite(weights).all():
+        raise DivergedError("the global model diverged: lower aggregation.learning_rate")
     mask = state.mask
     if experiment.pruning is not None:
         sparsity = target_sparsity(experiment.pruning, state.update + 1, experiment.rounds)
