@@ -47,7 +47,7 @@ from protocols.rounds import (
     public_weight,
     statement,
 )
-from protocols.sealing import ChannelKey, seal, unseal
+from protocols.sealing import ChannelKey, check_public, seal, unseal
 
 PHASES = ("advertise", "share", "upload", "open")
 
@@ -198,6 +198,7 @@ def server(
     def advertised(site: str, data: bytes) -> Advertisement:
         item = Advertisement.from_bytes(data)
         cohort.verify("advertise", item.sender, site, item.signature, item.public)
+        check_public(site, item.public)
         return item
 
     requests = Requests("advertise", dict.fromkeys(begin.cohort, begin.to_bytes()))
@@ -247,8 +248,9 @@ def server(
         answer = OpenedSum.from_bytes(data)
         cohort.verify("open", answer.sender, site, answer.signature, answer.payload)
         try:
-            packed = np.frombuffer(answer.payload, np.uint8)
-            slots = unpack(packed, total.slots, encoding.plain_bits)
+            slots = unpack(
+                np.frombuffer(answer.payload, np.uint8), total.slots, encoding.plain_bits
+            )
         except ValueError as error:
             raise MalformedMessageError(f"opened sum: {error}", [site]) from None
         return encoding.decode(slots, length, contributors, public_weight(weights, contributors))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from protocols.bitpacking import pack, unpack
 from protocols.encoding import Aggregate, FixedPoint
-from protocols.errors import MalformedMessageError
+from protocols.errors import MalformedMessageError, ProtocolError
 from protocols.identity import Roster
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.messages import Begin, Upload
@@ -78,6 +78,8 @@ def server(
         upload = Upload.from_bytes(data)
         said = (upload.key, upload.payload)
         cohort.verify("upload", upload.sender, site, upload.signature, *said)
+        if upload.key != NO_KEY:
+            raise ProtocolError(f"{site} sent a ciphertext to a protocol without a key", [site])
         try:
             packed = np.frombuffer(upload.payload, np.uint8)
             return unpack(packed, slots, encoding.plain_bits)

@@ -50,6 +50,21 @@ class ChannelKey:
         raise TypeError("a channel key is not serialised")
 
 
+# Under any private key a point of low order gives the all-zero secret: one key finds them all.
+_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
+
+
+def check_public(site: str, public: bytes) -> None:
+    """Raise ProtocolError unless `public`, advertised by `site`, is a key that can be sealed for.
+
+    RFC 7748, section 6.1. Needs no secret, so that a server can find the culprit by itself.
+    """
+    try:
+        _PROBE.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise ProtocolError(f"{site} advertised an unusable X25519 key", [site]) from None
+
+
 def seal(
     seed: Seed, key: ChannelKey, receiver: tuple[str, bytes], context: bytes, rand: Randomness
 ) -> bytes:
@@ -59,10 +74,8 @@ def seal(
     Raises ProtocolError when the receiver's public key is not a usable one.
     """
     name, public = receiver
-    try:
-        cipher = key._cipher(public, context)
-    except ValueError:
-        raise ProtocolError(f"{name} advertised an unusable X25519 key", [name]) from None
+    check_public(name, public)
+    cipher = key._cipher(public, context)
     nonce = rand(NONCE_BYTES)
     return nonce + cipher.encrypt(nonce, seed._material, context)
 

@@ -191,17 +191,18 @@ def read_history(directory: Path) -> History:
             "give the folder that `securefl run` printed"
         )
     summary = _read(directory / SUMMARY)
+    where = str(directory / SUMMARY)
     return History(
         directory=directory,
         experiment=config.load(directory / EXPERIMENT),
         rounds=tuple(_rounds(directory / METRICS)),
-        summary=Summary.from_json(summary, str(directory / SUMMARY)) if summary else None,
+        summary=Summary.from_json(summary, where) if summary is not None else None,
     )
 
 
 def _rounds(path: Path) -> Iterable[RoundRecord]:
     last = 0
-    for number, line in enumerate(_read(path).split(b"\n")[:-1], start=1):
+    for number, line in enumerate((_read(path) or b"").split(b"\n")[:-1], start=1):
         record = RoundRecord.from_json(line, f"{path} line {number}")
         if record.round <= last:
             raise ConfigurationError(
@@ -212,12 +213,12 @@ def _rounds(path: Path) -> Iterable[RoundRecord]:
         yield record
 
 
-def _read(path: Path) -> bytes:
-    """The bytes of `path`; none when it does not exist."""
+def _read(path: Path) -> bytes | None:
+    """The bytes of `path`, or None when it does not exist."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        return b""
+        return None
     except OSError as error:
         raise ConfigurationError(
             f"cannot read {path}: {error.strerror}; make the file readable"

@@ -1,119 +1,167 @@
-"""Run directories with known contents, for what reads them."""
+"""Small experiments, tables and clients that the tests of the framework share."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import numpy as np
 import pytest
+import torch
+from hypothesis import settings
 
-from securefl import config
-from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary
+from protocols.catalogue import PROTOCOLS
+from protocols.identity import Identity
+from protocols.keystream import Keystream, Seed
+from protocols.messages import Begin
+from protocols.rounds import make_identities
+from securefl import agreement, config, models, simulation
+from securefl.client import Client
+from securefl.config import Experiment
+from securefl.data import Table
+from securefl.messages import Answer, Refusal, Request, parse_reply
+from securefl.state import GlobalState
 
-WriteRun = Callable[..., Path]
+# Shared machines stall: how long an example takes is no promise of this package.
+settings.register_profile("securefl", deadline=None, derandomize=True)
+settings.load_profile("securefl")
+torch.set_num_threads(1)
 
-
-def a_round(number: int, update: int, sites: tuple[str, ...], **changes: Any) -> RoundRecord:
-    """A plausible finished round of a classification."""
-    done = 1 - math.exp(-update / 10)
-    values: dict[str, Any] = {
-        "round": number,
-        "update": update,
-        "metrics": {"test_loss": 0.7 - 0.5 * done, "test_accuracy": 0.5 + 0.45 * done},
-        "epsilon": {site: 0.5 + 4 * done for site in sites},
-        "bytes_up": {"advertise": 120 * len(sites), "upload": 2_000 * len(sites), "open": 1_500},
-        "bytes_down": {"advertise": 3_000 * len(sites), "open": 2_000},
-        "upload_bytes": {site: 2_000 for site in sites},
-        "seconds": {"advertise": 0.01, "upload": 0.2, "open": 0.02, "update": 0.01},
-        "parameters": 530,
-        "sparsity": 0.0,
-        "survivors": sites,
-        "dropouts": {},
-        "aborted": (),
-    }
-    return RoundRecord(**(values | changes))
+SESSION = b"session of tests"
 
 
-def a_summary(records: list[RoundRecord], sites: tuple[str, ...], **changes: Any) -> Summary:
-    """The summary that belongs to `records`, of a private run."""
-    last = records[-1]
-    values: dict[str, Any] = {
-        "name": "trial",
-        "protocol": "bfv",
-        "rounds": len(records),
-        "sites": sites,
-        "parameters": 530,
-        "sparsity": last.sparsity,
-        "metric": last.metrics,
-        "private": True,
-        "why_not_private": None,
-        "epsilon": last.epsilon,
-        "delta": 1e-3,
-        "adjacency": "add or remove one record",
-        "accountant": "privacy loss distributions",
-        "bytes_up_per_parameter": 3.77,
-        "bytes_up_last_round": sum(last.bytes_up.values()),
-        "bytes_up_total": sum(sum(record.bytes_up.values()) for record in records),
-        "seconds": {"upload": 0.2 * len(records)},
-        "dropouts": {str(r.round): r.dropouts for r in records if r.dropouts},
-        "aborted_rounds": tuple(n for r in records for n in r.aborted),
-        "stopped": "round budget",
-        "outside_guarantee": ("114 held-out records were read.",),
-        "version": "0.1.0",
-    }
-    return Summary(**(values | changes))
+def stream(name: str) -> Keystream:
+    """Bytes that look random and are the same in every run of the tests."""
+    return Keystream(Seed(hashlib.sha256(name.encode()).digest()), "tests")
+
+
+@pytest.fixture(scope="session")
+def randomness() -> Callable[[str], Callable[[int], bytes]]:
+    """`randomness(name)`: a source of bytes, the same for the same name."""
+    return lambda name: stream(name).bytes
+
+
+SMALL = """
+name = "small"
+rounds = 4
+[data]
+default_range = [0.0, 100.0]
+[sites]
+count = 3
+[model]
+name = "logistic"
+[protocol]
+name = "plain"
+"""
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., Experiment]:
+    """`small("key=value", ...)`: three sites, a logistic model, four quick rounds, no privacy."""
+    return lambda *overrides: config.parse(SMALL, overrides, origin="small")
+
+
+PRIVATE = (
+    "privacy.epsilon=5.0",
+    "privacy.delta=1e-3",
+    "privacy.rate=0.2",
+    "privacy.expected_batch=16",
+)
+
+
+@pytest.fixture(scope="session")
+def private() -> tuple[str, ...]:
+    """Overrides that give an experiment a privacy plan."""
+    return PRIVATE
 
 
 @pytest.fixture
-def write_run(tmp_path: Path) -> WriteRun:
-    """Write a run directory and return it; keywords change what a plain private run holds."""
+def line(tmp_path: Path) -> Path:
+    """A CSV file with y = 2x + 1, sixty rows, and a column that divides them among three sites."""
+    x = np.linspace(-1, 1, 60)
+    rows = [f"{v:.6f},{2 * v + 1:.6f},{'abc'[i % 3]}" for i, v in enumerate(x)]
+    path = tmp_path / "line.csv"
+    path.write_text("\n".join(["x,y,place", *rows]) + "\n")
+    return path
 
-    def write(
-        name: str = "run",
-        *,
-        rounds: int = 3,
-        sites: int = 3,
-        plan: bool = True,
-        finished: bool = True,
-        experiment: Mapping[str, Any] | None = None,
-        records: Mapping[str, Any] | None = None,
-        summary: Mapping[str, Any] | None = None,
-        aborted: Collection[int] = (),
-    ) -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        names = tuple(f"site-{i + 1}" for i in range(sites))
-        values: dict[str, Any] = {
-            "name": "trial",
-            "rounds": max(rounds, 1),
-            "sites": {"count": sites},
-        }
-        if plan:
-            values["privacy"] = {"epsilon": 5, "delta": 1e-3, "rate": 0.2, "expected_batch": 16}
-        text = config.Experiment.model_validate(values | dict(experiment or {})).dump()
-        (directory / EXPERIMENT).write_text(text, encoding="utf-8")
-        made: list[RoundRecord] = []
-        number = 0
-        for update in range(1, rounds + 1):
-            lost = []
-            number += 1
-            while number in aborted:
-                lost.append(number)
-                number += 1
-            changes: dict[str, Any] = {"aborted": tuple(lost)}
-            if not plan:
-                changes["epsilon"] = {}
-            made.append(a_round(number, update, names, **(changes | dict(records or {}))))
-        (directory / METRICS).write_text("".join(r.to_json() + "\n" for r in made))
-        if finished:
-            open_: dict[str, Any] = {"private": False, "why_not_private": "there is no plan"}
-            no_plan = open_ | {"delta": None, "adjacency": None, "accountant": None}
-            known = ({} if plan else no_plan) | dict(summary or {})
-            text = a_summary(made, names, **known).to_json()
-            (directory / SUMMARY).write_bytes(msgspec.json.format(text.encode()))
-        return directory
 
-    return write
+class Bench:
+    """Real clients of one experiment, and the requests an honest server would send them."""
+
+    def __init__(self, experiment: Experiment, folder: Path) -> None:
+        self.experiment, self.folder = experiment, folder
+        self.tables: Mapping[str, Table] = simulation.assemble(experiment).sites
+        self.identities: Mapping[str, Identity] = make_identities(
+            self.tables, stream("identities").bytes
+        )
+        self.roster = next(iter(self.identities.values())).roster
+        self.encoding = agreement.encoding(experiment, len(self.roster))
+        self.clients = {name: self.client(name) for name in self.tables}
+        table = next(iter(self.tables.values()))
+        module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
+        weights = models.flatten(module)
+        self.state = GlobalState(0, weights, np.ones(len(weights), np.bool_))
+
+    def client(self, name: str) -> Client:
+        """A client of that site, as after a restart: with what its folder holds."""
+        return simulation.client(
+            self.experiment,
+            self.tables[name],
+            self.identities[name],
+            SESSION,
+            self.folder / name,
+        )
+
+    def begin(self, number: int, state: GlobalState | None = None) -> Begin:
+        """The honest beginning of that round."""
+        binding = agreement.binding(self.experiment, state or self.state, self.encoding)
+        return Begin(SESSION, number, tuple(self.roster), 2, binding)
+
+    def request(self, number: int, phase: str, body: bytes, model: bytes = b"") -> bytes:
+        return Request(SESSION, number, phase, body, model).to_bytes()
+
+    def first(self, number: int, state: GlobalState | None = None) -> bytes:
+        """The first request of round `number`: the beginning and the model."""
+        phase = PROTOCOLS[self.experiment.protocol.name].phases[0]
+        model = (state or self.state).to_message()
+        return self.request(number, phase, self.begin(number, state).to_bytes(), model)
+
+    def ask(self, site: str, request: bytes) -> Answer | Refusal:
+        return parse_reply(self.clients[site].answer(request))
+
+    def drive(
+        self, number: int, until: str, seen: Callable[[str, str, bytes], None] | None = None
+    ) -> dict[str, bytes]:
+        """Play the honest server up to phase `until`; the requests of that phase, not yet sent.
+
+        `seen(site, phase, request)` is called with every request that was answered.
+        """
+        steps = PROTOCOLS[self.experiment.protocol.name].server(
+            self.begin(number), self.roster, self.encoding, self.state.surviving, None
+        )
+        asked: Any = next(steps)
+        model = self.state.to_message()
+        while True:
+            requests = {
+                site: self.request(number, asked.phase, body, model)
+                for site, body in asked.messages.items()
+            }
+            if asked.phase == until:
+                return requests
+            replies = {}
+            for site, request in requests.items():
+                reply = self.ask(site, request)
+                assert isinstance(reply, Answer), reply
+                replies[site] = reply.body
+                if seen:
+                    seen(site, asked.phase, request)
+            asked = steps.send(replies)
+            model = b""
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[[Experiment], Bench]:
+    """`bench(experiment)`: its clients on a bench, their stores under tmp_path/sites."""
+    return lambda experiment: Bench(experiment, tmp_path / "sites")

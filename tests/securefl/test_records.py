@@ -218,7 +218,7 @@ def test_a_run_before_its_first_round_is_unfinished_not_broken(write_run: Any) -
 
 def test_a_folder_that_is_no_run_is_refused_with_the_mend(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ConfigurationError, match="is not a run directory .* give the folder"):
+        with pytest.raises(ConfigurationError, match=r"is not a run directory .* give the folder"):
             read_history(folder)
 
 
@@ -239,9 +239,7 @@ def test_rounds_that_do_not_grow_are_refused(write_run: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "null", "[1]"])
-def test_an_empty_summary_is_an_unfinished_run_and_a_wrong_one_is_named(
-    write_run: Any, text: str
-) -> None:
+def test_a_summary_that_is_none_is_damaged_not_unfinished(write_run: Any, text: str) -> None:
     directory: Path = write_run()
     (directory / SUMMARY).write_text(text)
     with pytest.raises(ConfigurationError, match=r"summary\.json is damaged"):
