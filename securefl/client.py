@@ -58,7 +58,7 @@ class Client:
         store: SiteStore,
     ) -> None:
         name = identity.name
-        _check_records(name, table, experiment)
+        check_records(name, table, experiment)
         self._experiment = experiment
         self._identity = identity
         self._session = session
@@ -157,8 +157,9 @@ class Client:
         yield from slots
 
 
-def _check_records(name: str, table: Table, experiment: Experiment) -> None:
+def check_records(name: str, table: Table, experiment: Experiment) -> None:
     """ConfigurationError when this site's records cannot be trained on as the experiment says."""
+    _weight(name, table, experiment)
     if table.task == "classification" and len(np.unique(table.target)) < 2:
         held = table.classes[int(table.target[0])] if len(table) else "no"
         raise ConfigurationError(

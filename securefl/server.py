@@ -71,7 +71,7 @@ class Server:
             session=self._session,
             round=number,
             cohort=tuple(self._roster),
-            minimum=min(self._experiment.protocol.minimum_cohort, len(self._roster)),
+            minimum=self._experiment.protocol.minimum_cohort,
             binding=agreement.binding(self._experiment, state, self._encoding),
         )
         protocol = PROTOCOLS[self._experiment.protocol.name]

@@ -9,7 +9,7 @@ from typing import final
 
 from protocols.identity import Identity
 from securefl import data
-from securefl.client import Client
+from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.privacy.plan import RecordLocal
@@ -46,6 +46,8 @@ def assemble(experiment: Experiment) -> Consortium:
             raise ConfigurationError(
                 f"{key} names {strangers[0]!r}, but the sites are {', '.join(sites)}"
             )
+    for name, records in sites.items():
+        check_records(name, records, experiment)
     return Consortium(sites, test)
 
 

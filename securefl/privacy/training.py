@@ -101,9 +101,11 @@ class Trainer:
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 output = self._sampled(self._features[rows])
                 self._loss(output, self._target[rows]).sum().backward()  # type: ignore[no-untyped-call]
-            # A pruned coordinate counts neither in a record's norm nor in the noise.
+            # A pruned coordinate counts neither in a record's norm nor in the noise. Clipping
+            # cannot bound what is not finite: one such record would show itself in the sum.
             for parameter, keep in zip(parameters, masks, strict=True):
-                parameter.grad_sample *= keep  # type: ignore[attr-defined]
+                each = torch.nan_to_num(parameter.grad_sample, 0.0, 0.0, 0.0)  # type: ignore[attr-defined]
+                parameter.grad_sample = each * keep  # type: ignore[attr-defined]
             optimiser.step()
             _prune(parameters, masks)
 
@@ -136,8 +138,9 @@ class _NoisyOptimiser(DPOptimizer):  # type: ignore[misc]
 
 
 def gaussian(keystream: Keystream, count: int) -> NDArray[np.float64]:
-    """`count` standard normal draws (float64), by inversion of 53-bit uniforms."""
-    return np.asarray(ndtri(keystream.uniform(count) + 2.0**-54), np.float64)
+    """`count` standard normal draws (float64), by inversion of 52-bit uniforms inside (0, 1)."""
+    inside = ((keystream.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return np.asarray(ndtri(inside), np.float64)
 
 
 def _batches(records: int, size: int, seed: Seed) -> Iterator[NDArray[np.int64]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,7 +244,10 @@ def _by_phase(
     unit, scale = words.size_unit(float(table.sum(0).max())) if axis else ("seconds", 1.0)
     figure, axes = _canvas(rounds)
     x = np.array([record.round for record in rounds])
-    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(phases))]
+    # A phase has one colour in every plot.
+    known = dict.fromkeys(k for r in rounds for k in (*r.bytes_up, *r.bytes_down, *r.seconds))
+    palette = dict(zip(known, itertools.cycle(_COLOURS), strict=False))
+    colours = [palette[phase] for phase in phases]
     if len(rounds) <= _FEW:
         floor = np.zeros(len(rounds))
         for row, phase, colour in zip(table / scale, phases, colours, strict=True):
@@ -306,7 +310,7 @@ def _legend(axes: Axes) -> None:
     """A legend above the axes, where it hides no point."""
     _, labels = axes.get_legend_handles_labels()
     width = max(map(len, labels)) + 5  # in letters, the line before the text included
-    columns = max(1, min(len(labels), 84 // width))
+    columns = max(1, min(len(labels), 72 // width))
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),

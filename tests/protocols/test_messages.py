@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -163,7 +162,7 @@ JSON_LIKE = st.recursive(
 def test_well_formed_msgpack_of_another_shape_is_malformed_or_the_message(
     kind: type[Message], data: st.DataObject
 ) -> None:
-    """A valid message with a field exchanged, dropped, doubled or appended; and any value at all."""
+    """A valid message with a field exchanged, dropped or doubled; and any value at all."""
     fields = msgspec.msgpack.decode(data.draw(VALID[kind]).to_bytes())
     at = data.draw(st.integers(0, len(fields) - 1))
     choice = data.draw(st.integers(0, 4))
@@ -435,11 +434,3 @@ def test_servers_survive_ten_kinds_of_garbage_from_everyone(
         # Makers are asked one after the other while the minimum of two is still there.
         blamed = 2 if phase == "share" else 3
         assert caught.value.culprits == tuple("abc"[:blamed])
-
-
-def test_payloads_do_not_alias_the_wire() -> None:
-    """A parsed payload is bytes of its own, so that a reused buffer cannot change it."""
-    buffer = bytearray(SAMPLES[Upload].to_bytes())
-    upload = Upload.from_bytes(bytes(buffer))
-    buffer[:] = np.zeros(len(buffer), np.uint8).tobytes()
-    assert upload == SAMPLES[Upload]

@@ -323,7 +323,9 @@ def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(tmp_path: Path) -> No
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and process.poll() is None:
+    lines = "runs/*/metrics.jsonl"
+    while not any(b"\n" in path.read_bytes() for path in tmp_path.glob(lines)):
+        assert process.poll() is None, "the run ended before it could be interrupted"
         assert time.monotonic() < deadline, "no round finished"
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

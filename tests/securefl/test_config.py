@@ -79,7 +79,7 @@ PLAN = "[privacy]\nepsilon = 1.0\ndelta = 1e-3\nrate = 0.1\nexpected_batch = 8\n
             '[sites]\nnames = ["a", "b"]\n[transcript]\nconsent = ["c"]',
             ["transcript.consent", "'c'", "sites.names"],
         ),
-        ("rounds = ", ["not valid TOML", "line 1"]),
+        ("rounds = \nseed = 1", ["not valid TOML", "line 1"]),
         ("rounds = 3\nrounds = 4", ["not valid TOML"]),
     ],
 )

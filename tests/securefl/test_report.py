@@ -201,6 +201,24 @@ def test_every_axis_has_its_unit(write_run: Any) -> None:
     assert "allowed by the plan: 5" in labels
 
 
+def test_a_phase_has_one_colour_in_every_plot(write_run: Any) -> None:
+    later = {"seconds": {"begin": 0.1, "open": 0.1, "upload": 0.1}}
+    pictures = Page(write_report(write_run(rounds=1, records=later))).pictures
+    stacked = [svg for alt, svg in pictures.items() if alt.startswith("By round and phase")]
+    assert len(stacked) == 3
+    colours: dict[str, set[str]] = {}
+    for svg in stacked:
+        legend = svg[svg.index('id="legend_1"') :]
+        swatches = re.findall(
+            r"fill: (#\w{6})\"/>\s*</g>\s*<g id=\"text_\d+\">\s*<!-- (\w+)", legend
+        )
+        assert swatches
+        for colour, phase in swatches:
+            colours.setdefault(phase, set()).add(colour)
+    assert set(colours) == {"advertise", "upload", "open", "begin"}
+    assert all(len(used) == 1 for used in colours.values())
+
+
 def test_dropouts_and_aborted_rounds_are_listed(write_run: Any) -> None:
     gone = {"survivors": ("site-1", "site-2"), "dropouts": {"site-3": "no reply in 30 s"}}
     page = Page(write_report(write_run(rounds=4, records=gone, aborted={2, 3})))

@@ -1,0 +1,199 @@
+"""Known answers: regenerating them changes nothing, and everything broken is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+import protocols
+from protocols import errors, messages
+from protocols.bfv import Parameters, SecretKey, Sum
+from protocols.bitpacking import unpack
+from protocols.encoding import FixedPoint
+from protocols.identity import Roster
+from protocols.keystream import Seed
+from protocols.rounds import statement
+from protocols.sealing import ChannelKey, unseal
+
+FOLDER = Path(__file__).resolve().parents[1] / "vectors"
+BAD = sorted(path.stem for path in FOLDER.glob("*_bad_*.json"))
+ERRORS = {
+    "MalformedMessageError": errors.MalformedMessageError,
+    "ProtocolError": errors.ProtocolError,
+    "ValueError": ValueError,
+}
+
+
+def vector(name: str) -> dict[str, Any]:
+    """One stored vector."""
+    content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return content
+
+
+def data(hexadecimal: str) -> bytes:
+    """The bytes of a stored field."""
+    return bytes.fromhex(hexadecimal)
+
+
+def test_regenerating_changes_no_byte(tmp_path: Path) -> None:
+    """The script, run as documented, writes the committed files again; none is left over."""
+    root = Path(next(iter(protocols.__path__))).parent
+    subprocess.run(
+        [sys.executable, FOLDER / "regenerate.py", tmp_path],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    fresh = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    stored = {path.name: path.read_bytes() for path in FOLDER.glob("*.json")}
+    assert sorted(fresh) == sorted(stored)
+    for name, content in fresh.items():
+        assert content == stored[name], f"{name} is not what the code makes now"
+
+
+def parse(given: dict[str, Any]) -> object:
+    """Parse a stored message of the class that `call` names."""
+    kind, _, method = given["call"].partition(".")
+    assert method == "from_bytes"
+    return getattr(messages, kind).from_bytes(data(given["bytes"]))
+
+
+def open_sum(given: dict[str, Any]) -> object:
+    """Open with the key of the stored seed."""
+    key = SecretKey(Seed(data(given["seed"])), Parameters(given["plain_bits"], given["additions"]))
+    return key.open(data(given["bytes"]), given["slots"], given["contributions"])
+
+
+def open_box(given: dict[str, Any]) -> object:
+    """Unseal with the receiver's stored key."""
+    receiver = ChannelKey(lambda size: data(given["receiver_secret"])[:size])
+    maker = ("clinic-a", data(given["maker_public"]))
+    return unseal(data(given["box"]), receiver, maker, data(given["context"]))
+
+
+def verify(given: dict[str, Any]) -> object:
+    """Verify a stored signature against its parts."""
+    said = [data(part) for part in given["said"]]
+    text = statement(data(given["context"]), given["phase"], given["sender"], *said)
+    roster = Roster({given["sender"]: data(given["public"])})
+    roster.verify(given["sender"], data(given["signature"]), text)
+    return None
+
+
+def decode(given: dict[str, Any]) -> object:
+    """Decode a stored total."""
+    known = vector("encoding")
+    encoding = FixedPoint(
+        *(known[name] for name in ("bits", "clip", "cohort", "slot_bits", "weight_cap")), True
+    )
+    total = np.array(given["total"], np.uint64)
+    return encoding.decode(total, len(known["values"]), tuple(given["contributors"]))
+
+
+CALLS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "Sum.add": lambda given: Sum(given["slots"]).add(data(given["bytes"])),
+    "SecretKey.open": open_sum,
+    "unseal": open_box,
+    "Roster.verify": verify,
+    "unpack": lambda given: unpack(
+        np.frombuffer(data(given["bytes"]), np.uint8), given["count"], given["bits"]
+    ),
+    "FixedPoint.decode": decode,
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_broken_is_refused_with_the_stated_error(name: str) -> None:
+    """Each negative vector, by the call it names, and by exactly the error it names."""
+    given = vector(name)
+    call = CALLS.get(given["call"], parse)
+    with pytest.raises(ERRORS[given["error"]]) as caught:
+        call(given)
+    assert caught.type is ERRORS[given["error"]]
+
+
+def test_there_are_vectors() -> None:
+    """An empty folder would pass everything above."""
+    assert len(BAD) >= 30
+    assert {vector(name)["error"] for name in BAD} == set(ERRORS)
+
+
+# The positive vectors, read by other means than the code that made them
+
+
+def test_stored_ciphertexts_open_to_the_stored_slots() -> None:
+    """The key of the stored seed is the key of every later version."""
+    given = vector("bfv_sum")
+    wires = [data(wire) for wire in given["ciphertexts"]]
+    total = Sum(len(given["slots"]))
+    for wire in wires:
+        total.add(wire)
+    assert total.to_bytes().hex() == given["sum"]
+    count = len(given["slots"])
+    opened = open_sum({**given, "bytes": given["sum"], "slots": count, "contributions": 3})
+    assert np.array_equal(opened, np.array(given["slots"], np.uint64))  # type: ignore[arg-type]
+
+
+def test_stored_digest_is_sha256_of_length_prefixed_fields() -> None:
+    """Read with hashlib alone."""
+    given = vector("digest")
+    text = b"securefl/1\0" + given["domain"].encode() + b"\0"
+    for field in map(data, given["fields"]):
+        text += len(field).to_bytes(8, "big") + field
+    assert hashlib.sha256(text).hexdigest() == given["digest"]
+
+
+def test_stored_signature_verifies() -> None:
+    """With the cryptography library alone, and by its parts."""
+    given = vector("signature")
+    public = Ed25519PublicKey.from_public_bytes(data(given["public"]))
+    public.verify(data(given["signature"]), data(given["statement"]))
+    verify(given)
+
+
+def test_stored_box_opens() -> None:
+    """The seed comes out; the public keys are those of the secrets."""
+    given = vector("sealed_box")
+    assert open_box(given) == Seed(data(given["seed"]))
+    maker = X25519PrivateKey.from_private_bytes(data(given["maker_secret"]))
+    assert maker.public_key().public_bytes_raw().hex() == given["maker_public"]
+    receiver = X25519PublicKey.from_public_bytes(data(given["receiver_public"]))
+    assert len(maker.exchange(receiver)) == 32
+
+
+def test_stored_packings_are_little_endian_integers() -> None:
+    """Read as one integer a width."""
+    for bits, given in vector("bitpacking").items():
+        number = int.from_bytes(data(given["packed"]), "little")
+        mask = (1 << int(bits)) - 1
+        found = [number >> (int(bits) * i) & mask for i in range(len(given["values"]))]
+        assert found == [int(value) for value in given["values"]]
+
+
+def test_stored_encoding_adds_up() -> None:
+    """Integers within one of the exact values, slots by the module's formula, the mean by hand."""
+    given = vector("encoding")
+    width, k = given["field_bits"], given["fields"]
+    levels = 2 ** (given["bits"] - 1) - 1
+    for weight, integers, slots in zip(
+        given["weights"], given["integers"], given["slots"], strict=True
+    ):
+        exact = np.clip(given["values"], -1, 1) * levels * weight / given["weight_cap"]
+        assert np.abs(np.array(integers) - exact).max() < 1
+        padded = integers + [0] * (-len(integers) % k)
+        groups = [padded[i : i + k] for i in range(0, len(padded), k)]
+        packed = [sum(v << (width * j) for j, v in enumerate(g)) % 2 ** (k * width) for g in groups]
+        assert slots == [1, weight, *packed]
+    weight = sum(given["weights"])
+    sums = np.sum(given["integers"], axis=0)
+    assert np.allclose(given["mean"], sums * given["weight_cap"] / (levels * weight), rtol=1e-15)

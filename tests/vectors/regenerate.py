@@ -1,0 +1,433 @@
+"""Rewrite the known answers: `python tests/vectors/regenerate.py [FOLDER]`.
+
+Everything here is deterministic, so that regenerating leaves git clean. The one exception, a BFV
+ciphertext, is randomised by SEAL: the stored ones are kept, and checked again.
+
+Files named *_bad_* hold what must be refused: `call` says by what, `error` with what.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from protocols import bfv_sum, plain
+from protocols.bfv import BLOCK_BYTES, MODULUS, MODULUS_BITS, SEED_BYTES, Parameters, SecretKey, Sum
+from protocols.bitpacking import pack, unpack
+from protocols.encoding import FixedPoint
+from protocols.identity import Identity, Roster, SigningKey, digest
+from protocols.keystream import Keystream, Seed
+from protocols.messages import Advertisement, Advertisements, Begin, SealedSeeds, SumToOpen, Upload
+from protocols.rounds import Expected, statement
+from protocols.sealing import ChannelKey, seal
+
+HERE = Path(__file__).resolve().parent
+MATERIAL = bytes(range(64))
+SITES = ("clinic-a", "clinic-b", "clinic-c")
+BEGIN = Begin(bytes(range(16)), 5, SITES, 2, bytes(range(32, 64)))
+ENCODING = FixedPoint(8, 1.0, 3, 30, weight_cap=4, weight_slot=True)
+VALUES = (0.0, 1.0, -1.0, 0.5, -0.5, 0.001, -0.001, 3.0, -3.0, 0.3333333333333333, 0.75)
+BFV_SLOTS, BFV_BITS = 20, 33
+WIDTHS = (1, 5, 8, 20, 33, 54, 64)
+
+Vectors = dict[str, dict[str, Any]]
+
+
+def stream(name: str) -> Keystream:
+    """Fixed bytes for each purpose of this file."""
+    return Keystream(Seed(MATERIAL), "test vectors", name.encode())
+
+
+def identities() -> dict[str, Identity]:
+    """The sites' fixed keys."""
+    keys = {site: SigningKey(stream(f"signing key of {site}").bytes) for site in SITES}
+    roster = Roster({site: key.public for site, key in keys.items()})
+    return {site: Identity(site, key, roster) for site, key in keys.items()}
+
+
+def known_answers() -> Vectors:
+    """What each deep module answers to fixed inputs."""
+    seed = Seed(MATERIAL)
+    widths = {bits: [(i * 0x9E3779B97F4A7C15) % (1 << bits) for i in range(11)] for bits in WIDTHS}
+    return {
+        "keystream": {
+            "seed": MATERIAL.hex(),
+            "purpose": "masks",
+            "context": b"round 5".hex(),
+            "derived": seed.derive("masks", b"round 5").hex(),
+            "bytes": Keystream(seed, "masks", b"round 5").bytes(48).hex(),
+            "words": [str(word) for word in Keystream(seed, "masks", b"round 5").words(6)],
+            "uniform": Keystream(seed, "masks", b"round 5").uniform(6).tolist(),
+        },
+        "bitpacking": {
+            str(bits): {
+                "values": [str(value) for value in values],
+                "packed": pack(np.array(values, np.uint64), bits).tobytes().hex(),
+            }
+            for bits, values in widths.items()
+        },
+        "encoding": encoding(),
+        "digest": {
+            "domain": "example",
+            "fields": [b"".hex(), b"a".hex(), b"bc".hex()],
+            "digest": digest("example", b"", b"a", b"bc").hex(),
+        },
+        "begin": {
+            "session": BEGIN.session.hex(),
+            "round": BEGIN.round,
+            "cohort": SITES,
+            "minimum": BEGIN.minimum,
+            "binding": BEGIN.binding.hex(),
+            "bytes": BEGIN.to_bytes().hex(),
+            "context": BEGIN.context.hex(),
+        },
+        "signature": signature_parts(),
+        "sealed_box": sealed_box(),
+        "plain_upload": plain_upload(),
+        "bfv_sealed_seeds": sealed_seeds(),
+        "bfv_sum": bfv(),
+    }
+
+
+def signature_parts() -> dict[str, Any]:
+    """What clinic-a signs about an upload, part by part."""
+    key = SigningKey(stream("signing key of clinic-a").bytes)
+    said = statement(BEGIN.context, "upload", "clinic-a", bytes(32), b"payload")
+    return {
+        "secret": stream("signing key of clinic-a").bytes(32).hex(),
+        "public": key.public.hex(),
+        "context": BEGIN.context.hex(),
+        "phase": "upload",
+        "sender": "clinic-a",
+        "said": [bytes(32).hex(), b"payload".hex()],
+        "statement": said.hex(),
+        "signature": key.sign(said).hex(),
+    }
+
+
+def encoding() -> dict[str, Any]:
+    """Fixed-point slots of one vector, and the mean of it with itself rounded otherwise."""
+    vectors = [
+        np.concatenate(
+            list(ENCODING.encode(np.array(VALUES), weight, stream(f"rounding {weight}")))
+        )
+        for weight in (4, 3)
+    ]
+    total = (vectors[0] + vectors[1]) & np.uint64((1 << ENCODING.plain_bits) - 1)
+    header = ENCODING.header_slots
+    return {
+        "bits": ENCODING.bits,
+        "clip": ENCODING.clip,
+        "cohort": ENCODING.cohort,
+        "slot_bits": ENCODING.slot_bits,
+        "weight_cap": ENCODING.weight_cap,
+        "field_bits": ENCODING.field_bits,
+        "fields": ENCODING.fields,
+        "values": VALUES,
+        "weights": [4, 3],
+        "integers": [ENCODING.unpack(v[header:], len(VALUES)).tolist() for v in vectors],
+        "slots": [vector.tolist() for vector in vectors],
+        "total": total.tolist(),
+        "mean": ENCODING.decode(total, len(VALUES), SITES[:2]).mean.tolist(),
+    }
+
+
+def sealed_box() -> dict[str, Any]:
+    """A seed sealed with fixed keys and a fixed nonce."""
+    maker = ChannelKey(stream("channel key of the maker").bytes)
+    receiver = ChannelKey(stream("channel key of the receiver").bytes)
+    box = seal(
+        Seed(MATERIAL), maker, ("clinic-b", receiver.public), b"context", stream("nonce").bytes
+    )
+    return {
+        "seed": MATERIAL.hex(),
+        "maker_secret": stream("channel key of the maker").bytes(32).hex(),
+        "maker_public": maker.public.hex(),
+        "receiver_secret": stream("channel key of the receiver").bytes(32).hex(),
+        "receiver_public": receiver.public.hex(),
+        "context": b"context".hex(),
+        "box": box.hex(),
+    }
+
+
+def expected(site: str, slot_bits: int) -> Expected:
+    """What a site insists on in the round of these vectors."""
+    fixed = FixedPoint(8, 1.0, 3, slot_bits)
+    me = identities()[site]
+    return Expected(me, BEGIN.session, BEGIN.round, BEGIN.binding, 2, fixed, len(VALUES))
+
+
+def plain_upload() -> dict[str, Any]:
+    """The whole upload of one site under plain."""
+    mine = expected("clinic-a", plain.slot_bits(3))
+    slots = mine.encoding.encode(np.array(VALUES), 1, stream("rounding"))
+    _, reply = plain.client_step1(mine, BEGIN.to_bytes(), slots, stream("none").bytes)
+    return {"begin": BEGIN.to_bytes().hex(), "values": VALUES, "upload": reply.hex()}
+
+
+def advertisements() -> tuple[Any, Advertisements]:
+    """The maker's state and what it is shown in phase share."""
+    states, items = {}, []
+    for site in SITES:
+        mine = expected(site, bfv_sum.slot_bits(3))
+        states[site], reply = bfv_sum.client_step1(
+            mine, BEGIN.to_bytes(), stream(f"channel of {site}").bytes
+        )
+        items.append(Advertisement.from_bytes(reply))
+    return states[SITES[0]], Advertisements(tuple(items))
+
+
+def sealed_seeds() -> dict[str, Any]:
+    """Both key phases of bfv, with fixed randomness."""
+    state, shown = advertisements()
+    _, reply = bfv_sum.client_step2(state, shown.to_bytes(), stream("maker").bytes)
+    return {"advertisements": shown.to_bytes().hex(), "sealed_seeds": reply.hex()}
+
+
+@cache
+def bfv() -> dict[str, Any]:
+    """Stored ciphertexts under the key of a fixed seed, their sum, and what it opens to."""
+    parameters = Parameters(BFV_BITS, 3)
+    key = SecretKey(Seed(MATERIAL), parameters)
+    slots = [
+        stream(f"slots {i}").words(BFV_SLOTS) >> np.uint64(64 - BFV_BITS) for i in range(len(SITES))
+    ]
+    stored = HERE / "bfv_sum.json"
+    if stored.exists():
+        wires = [bytes.fromhex(wire) for wire in json.loads(stored.read_text())["ciphertexts"]]
+    else:
+        wires = [bytes(key.encrypt([vector])) for vector in slots]
+    total = Sum(BFV_SLOTS)
+    for wire in wires:
+        total.add(wire)
+    opened = key.open(total.to_bytes(), BFV_SLOTS, len(wires))
+    truth = sum(slots, np.zeros(BFV_SLOTS, np.uint64)) & np.uint64((1 << BFV_BITS) - 1)
+    if not np.array_equal(opened, truth):
+        raise SystemExit("bfv_sum.json: the stored ciphertexts no longer open to their slots")
+    return {
+        "seed": MATERIAL.hex(),
+        "plain_bits": parameters.plain_bits,
+        "additions": parameters.additions,
+        "ciphertexts": [wire.hex() for wire in wires],
+        "sum": total.to_bytes().hex(),
+        "slots": opened.tolist(),
+    }
+
+
+def bad(what: str, call: str, error: str, **given: Any) -> dict[str, Any]:
+    """One negative vector."""
+    return {"what": what, "call": call, "error": error, **given}
+
+
+def bad_message(what: str, kind: str, data: bytes) -> dict[str, Any]:
+    """Bytes that must not parse as a message of class `kind`."""
+    return bad(what, f"{kind}.from_bytes", "MalformedMessageError", bytes=data.hex())
+
+
+def changed(message: Any, **fields: Any) -> bytes:
+    """The bytes of `message` with fields that its class would refuse."""
+    values = {name: getattr(message, name) for name in message.__struct_fields__} | fields
+    return msgspec.msgpack.encode([type(message).__name__, *values.values()])
+
+
+def bad_messages() -> Vectors:
+    """Messages with one broken part each."""
+    upload = Upload.from_bytes(bytes.fromhex(plain_upload()["upload"]))
+    wire = upload.to_bytes()
+    shown = advertisements()[1]
+    seeds = SealedSeeds.from_bytes(bytes.fromhex(sealed_seeds()["sealed_seeds"]))
+    first, second, third = seeds.items
+    other_key = msgspec.structs.replace(second, key=bytes(32))
+    to_open = SumToOpen(SITES, b"sum")
+    return {
+        "begin_bad_unsorted_cohort": bad_message(
+            "the cohort is not in order", "Begin", changed(BEGIN, cohort=SITES[::-1])
+        ),
+        "begin_bad_repeated_site": bad_message(
+            "a site is twice in the cohort", "Begin", changed(BEGIN, cohort=(SITES[0], *SITES))
+        ),
+        "begin_bad_minimum_of_one": bad_message(
+            "a sum of one would be an update", "Begin", changed(BEGIN, minimum=1)
+        ),
+        "begin_bad_minimum_above_cohort": bad_message(
+            "nobody could ever answer", "Begin", changed(BEGIN, minimum=4)
+        ),
+        "begin_bad_round_zero": bad_message(
+            "rounds count from one", "Begin", changed(BEGIN, round=0)
+        ),
+        "begin_bad_site_name": bad_message(
+            "a path is no site name", "Begin", changed(BEGIN, cohort=("../etc", "clinic-a"))
+        ),
+        "begin_bad_second_encoding": bad_message(
+            "5 as a 16-bit integer: not the one encoding",
+            "Begin",
+            BEGIN.to_bytes().replace(b"\x05\x93", b"\xcd\x00\x05\x93"),
+        ),
+        "upload_bad_truncated": bad_message("a byte is missing", "Upload", wire[:-1]),
+        "upload_bad_trailing_byte": bad_message("a byte too many", "Upload", wire + b"\0"),
+        "upload_bad_tag": bad_message("another class", "Upload", BEGIN.to_bytes()),
+        "upload_bad_short_signature": bad_message(
+            "63 bytes of signature", "Upload", changed(upload, signature=bytes(63))
+        ),
+        "upload_bad_huge_length": bad_message(
+            "a payload of 2^32 - 1 bytes", "Upload", wire[:50] + bytes.fromhex("c6ffffffff")
+        ),
+        "advertisements_bad_repeated_site": bad_message(
+            "two keys of one site",
+            "Advertisements",
+            changed(shown, items=(shown.items[0], *shown.items)),
+        ),
+        "sealed_seeds_bad_two_seeds": bad_message(
+            "sites would hold different keys",
+            "SealedSeeds",
+            changed(seeds, items=(first, other_key, third)),
+        ),
+        "sum_to_open_bad_repeated_contributor": bad_message(
+            "an update counted twice",
+            "SumToOpen",
+            changed(to_open, contributors=(SITES[0], *SITES)),
+        ),
+        "sum_to_open_bad_single_contributor": bad_message(
+            "an update, not a sum", "SumToOpen", changed(to_open, contributors=SITES[:1])
+        ),
+    }
+
+
+def with_coefficient(wire: bytes, index: int, value: int) -> bytes:
+    """A ciphertext with one coefficient replaced."""
+    c0 = unpack(np.frombuffer(wire[SEED_BYTES:], np.uint8), BFV_SLOTS, MODULUS_BITS)
+    c0[index] = value
+    return wire[:SEED_BYTES] + pack(c0, MODULUS_BITS).tobytes()
+
+
+def bad_ciphertexts() -> Vectors:
+    """Ciphertexts, sums and openings with one broken part each."""
+    stored = bfv()
+    wire, total = bytes.fromhex(stored["ciphertexts"][0]), bytes.fromhex(stored["sum"])
+    swapped = with_coefficient(total[-SEED_BYTES:] + total[: -3 * SEED_BYTES], 3, MODULUS)
+
+    def ciphertext(what: str, data: bytes, slots: int = BFV_SLOTS) -> dict[str, Any]:
+        return bad(what, "Sum.add", "MalformedMessageError", slots=slots, bytes=data.hex())
+
+    def opening(what: str, error: str, data: bytes, contributions: int) -> dict[str, Any]:
+        key = {"seed": stored["seed"], "plain_bits": BFV_BITS, "additions": 3}
+        given = {"slots": BFV_SLOTS, "contributions": contributions, "bytes": data.hex()}
+        return bad(what, "SecretKey.open", error, **key, **given)
+
+    return {
+        "ciphertext_bad_coefficient_not_below_q": ciphertext(
+            "coefficient 7 is q", with_coefficient(wire, 7, MODULUS)
+        ),
+        "ciphertext_bad_truncated": ciphertext("a byte is missing", wire[:-1]),
+        "ciphertext_bad_trailing_byte": ciphertext("a byte too many", wire + b"\0"),
+        "ciphertext_bad_whole_last_block": ciphertext(
+            "the last block ships more than is in use", wire + bytes(BLOCK_BYTES - len(wire))
+        ),
+        "ciphertext_bad_all_zero_block": ciphertext(
+            "a transparent block", wire[:SEED_BYTES] + bytes(len(wire) - SEED_BYTES)
+        ),
+        "ciphertext_bad_spare_bits": ciphertext(
+            "the spare bits of 19 slots are set",
+            with_coefficient(wire, 19, 1)[: SEED_BYTES + 128] + b"\xff",
+            slots=19,
+        ),
+        "sum_bad_truncated": opening(
+            "a byte is missing", "MalformedMessageError", total[:-1], len(SITES)
+        ),
+        "sum_bad_seed_missing": opening(
+            "fewer seeds than contributions", "MalformedMessageError", total[:-64], len(SITES)
+        ),
+        "sum_bad_coefficient_not_below_q": opening(
+            "coefficient 3 is q",
+            "MalformedMessageError",
+            swapped[SEED_BYTES:] + total[-3 * SEED_BYTES :],
+            len(SITES),
+        ),
+        "sum_bad_too_many_contributions": opening(
+            "more than the key's bound proves",
+            "ProtocolError",
+            total + bytes.fromhex(stored["ciphertexts"][0])[:SEED_BYTES],
+            4,
+        ),
+        "sum_bad_no_contributions": opening("a sum of nothing", "ProtocolError", b"", 0),
+    }
+
+
+def bad_others() -> Vectors:
+    """A box, a signature, packed bits and an opened sum, broken."""
+    box, signature, fixed = sealed_box(), signature_parts(), encoding()
+    flipped = bytearray.fromhex(box["box"])
+    flipped[-1] ^= 1
+    return {
+        "sealed_box_bad_tag": bad(
+            "the last bit of the tag", "unseal", "ProtocolError", **{**box, "box": flipped.hex()}
+        ),
+        "sealed_box_bad_context": bad(
+            "moved to another round",
+            "unseal",
+            "ProtocolError",
+            **{**box, "context": b"another".hex()},
+        ),
+        "sealed_box_bad_low_order_key": bad(
+            "a public key of low order",
+            "unseal",
+            "ProtocolError",
+            **{**box, "maker_public": bytes(32).hex()},
+        ),
+        "signature_bad_phase": bad(
+            "signed for another phase",
+            "Roster.verify",
+            "ProtocolError",
+            **{**signature, "phase": "open"},
+        ),
+        "signature_bad_boundary": bad(
+            "the same bytes, cut elsewhere",
+            "Roster.verify",
+            "ProtocolError",
+            **{**signature, "said": ["".join(signature["said"]), ""]},
+        ),
+        "bitpacking_bad_spare_bits": bad(
+            "a bit after the last value", "unpack", "ValueError", bits=5, count=3, bytes="ffff"
+        ),
+        "bitpacking_bad_length": bad(
+            "a byte too many", "unpack", "ValueError", bits=5, count=3, bytes="ff7f00"
+        ),
+        "decoding_bad_count": bad(
+            "a sum of two in the name of three",
+            "FixedPoint.decode",
+            "ProtocolError",
+            total=fixed["total"],
+            contributors=SITES,
+        ),
+        "decoding_bad_weight_zero": bad(
+            "nothing to average",
+            "FixedPoint.decode",
+            "ProtocolError",
+            total=[2, 0, *fixed["total"][2:]],
+            contributors=SITES[:2],
+        ),
+        "decoding_bad_weight_above_the_cap": bad(
+            "more than n * W",
+            "FixedPoint.decode",
+            "ProtocolError",
+            total=[2, 13, *fixed["total"][2:]],
+            contributors=SITES[:2],
+        ),
+    }
+
+
+def main(folder: Path) -> None:
+    """Write every vector into `folder`."""
+    everything = known_answers() | bad_messages() | bad_ciphertexts() | bad_others()
+    for name, content in everything.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
