@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -71,7 +71,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 class _SiteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    version: int
+    version: Literal[1]
     charged: Annotated[int, Meta(ge=0)]
     last_round: Annotated[int, Meta(ge=0)]
 
@@ -102,7 +102,7 @@ class SiteStore:
 
 
 class _ServerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    version: int
+    version: Literal[1]
     last_round: Annotated[int, Meta(ge=0)]
 
 

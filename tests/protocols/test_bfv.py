@@ -150,6 +150,17 @@ def test_the_largest_modulus_is_the_largest_that_the_bound_allows(additions: int
         Parameters(bits + 1, additions)
 
 
+@pytest.mark.parametrize("bits", range(2, 49))
+def test_the_cohort_at_each_modulus_is_the_largest_that_the_bound_allows(bits: int) -> None:
+    """For each p the last n that the inequality admits is accepted, and the next refused."""
+    room = (Fraction(MODULUS, 2 ** (bits + 1)) - 1) / Fraction(43, 2)
+    most = -(-room.numerator // room.denominator) - 1  # the largest integer strictly below
+    assert Parameters(bits, most).additions == most
+    assert largest_plain_bits(most) >= bits > largest_plain_bits(most + 1)
+    with pytest.raises(ValueError, match=f"sum of {most + 1} ciphertexts"):
+        Parameters(bits, most + 1)
+
+
 @given(st.integers(2, 60), st.integers(1, 10**6))
 def test_parameters_hold_the_bound_or_are_refused(bits: int, additions: int) -> None:
     """The constructor is the inequality, both ways."""

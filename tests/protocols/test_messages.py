@@ -294,6 +294,19 @@ def test_fields_out_of_range_are_malformed(kind: type[Message], changes: dict[st
     assert not parses(kind, msgspec.msgpack.encode([kind.__name__, *fields.values()]))
 
 
+@every_class
+def test_a_second_encoding_of_a_message_is_malformed(kind: type[Message]) -> None:
+    """Wider headers for the same tag and array say the same, but a message has one encoding."""
+    wire = SAMPLES[kind].to_bytes()
+    size = len(kind.__name__)
+    assert wire[:2] == bytes([0x91 + len(kind.__struct_fields__), 0xA0 + size])
+    wide_tag = wire[:1] + bytes([0xD9, size]) + wire[2:]
+    wide_array = b"\xdc\0" + bytes([wire[0] & 0x0F]) + wire[1:]
+    for data in (wide_tag, wide_array):
+        assert msgspec.msgpack.decode(data) == msgspec.msgpack.decode(wire)
+        assert not parses(kind, data)
+
+
 @pytest.mark.parametrize("what", ["order", "twice", "two makers", "two keys", "two publics", "one"])
 def test_lists_of_sealed_seeds_are_of_one_maker_in_order(what: str) -> None:
     """One maker, one public key, one seed; receivers in order, each once; at least two."""
