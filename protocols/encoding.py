@@ -58,8 +58,8 @@ class FixedPoint:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 24:
             raise ValueError(f"bits = {self.bits}: use 2 to 24")
-        if not (np.isfinite(self.clip) and self.clip > 0):
-            raise ValueError(f"clip = {self.clip}: use a positive number")
+        if not 1e-30 <= self.clip <= 1e30:  # so that no product below leaves float64
+            raise ValueError(f"clip = {self.clip}: use a number from 1e-30 to 1e30")
         if self.cohort < 1:
             raise ValueError(f"cohort = {self.cohort}: use at least 1")
         if self.weight_cap < 1:

@@ -1,4 +1,4 @@
-"""Run directories with known contents, for what reads them."""
+"""What all tests share: one Hypothesis profile, and run directories with known contents."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import settings
 
 from securefl import config
 from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary
+
+# Shared machines stall, and how long an example takes is no promise of ours.
+settings.register_profile("securefl", deadline=None, derandomize=True)
+settings.load_profile("securefl")
 
 WriteRun = Callable[..., Path]
 

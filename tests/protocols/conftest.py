@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from numpy.typing import NDArray
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
@@ -17,10 +16,6 @@ from protocols.errors import ProtocolError
 from protocols.keystream import Keystream, Seed
 from protocols.messages import Begin
 from protocols.rounds import Expected, Outcome, Requests, make_identities
-
-# Shared machines stall: how long an example takes is no promise of this package.
-settings.register_profile("protocols", deadline=None, derandomize=True)
-settings.load_profile("protocols")
 
 Relay = Callable[[str, str, bytes], bytes]
 """(phase, site, message): what an active server sends to `site` instead."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +11,9 @@ from hypothesis import strategies as st
 
 from protocols.catalogue import PROTOCOLS
 from protocols.messages import Begin, SealedSeed
+from protocols.rounds import make_identities
 from securefl import client as client_module
+from securefl import simulation
 from securefl.config import ConfigurationError
 from securefl.messages import Answer, Refusal, Request, parse_reply
 from securefl.state import GlobalState
@@ -322,36 +323,21 @@ def test_mutated_requests_get_a_refusal_and_change_nothing(small, bench, private
     assert isinstance(made.ask(site, made.first(2**61)), Answer)
 
 
-@given(st.binary(max_size=400))
-def test_random_bytes_get_a_refusal(data):
-    client = client_of_this_module()
-    assert isinstance(parse_reply(client.answer(data)), Refusal)
-
-
-_CLIENT: list[Callable[[], client_module.Client]] = []
-
-
-def client_of_this_module() -> client_module.Client:
-    return _CLIENT[0]()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_client(tmp_path_factory, small, private):
-    """A client that the Hypothesis tests share."""
-    from protocols.rounds import make_identities
-    from securefl import simulation
-
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory, small, private):
+    """One client for all examples of a property; at the end nothing was charged."""
     experiment = small(*BFV, *private)
     tables = simulation.assemble(experiment).sites
-    identities = make_identities(tables, lambda n: bytes(range(n)))
-    folder = tmp_path_factory.mktemp("client")
-    made = simulation.client(
-        experiment, tables["site-1"], identities["site-1"], b"session of tests", folder
-    )
-    _CLIENT.append(lambda: made)
-    yield
+    identities = make_identities(tables, lambda size: bytes(range(size)))
+    folder = tmp_path_factory.mktemp("site-1")
+    session = b"session of tests"
+    yield simulation.client(experiment, tables["site-1"], identities["site-1"], session, folder)
     assert not (folder / "site.json").exists()
-    _CLIENT.clear()
+
+
+@given(st.binary(max_size=400))
+def test_random_bytes_get_a_refusal(lasting, data):
+    assert isinstance(parse_reply(lasting.answer(data)), Refusal)
 
 
 @given(
@@ -362,10 +348,10 @@ def _one_client(tmp_path_factory, small, private):
     model=st.binary(max_size=300),
 )
 def test_well_formed_requests_with_random_contents_get_a_refusal(
-    session, number, phase, body, model
+    lasting, session, number, phase, body, model
 ):
     data = Request(session, number, phase, body, model).to_bytes()
-    assert isinstance(parse_reply(client_of_this_module().answer(data)), Refusal)
+    assert isinstance(parse_reply(lasting.answer(data)), Refusal)
 
 
 # --- records that do not fit ---------------------------------------------------------------------

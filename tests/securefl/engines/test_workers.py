@@ -1,0 +1,132 @@
+"""Clients in worker processes: the same run, and one that outlives a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from securefl.config import ConfigurationError
+from securefl.messages import Request
+from securefl.records import read_history
+from securefl.runs import run
+
+
+def workers() -> list[int]:
+    """The process ids of this process's workers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes()
+        except (OSError, ProcessLookupError):
+            continue
+        if parent == os.getpid() and b"securefl.engines.workers" in command:
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def at(round_number: int, phase: str, act):
+    """An exchange that calls `act()` once, before that phase of that round."""
+
+    def wrap(exchange):
+        done = []
+
+        def acting(asked: str, messages: Mapping[str, bytes]) -> Mapping[str, bytes]:
+            number = Request.from_bytes(next(iter(messages.values()))).round
+            if asked == phase and number == round_number and not done:
+                done.append(act())
+            return exchange(asked, messages)
+
+        return acting
+
+    return wrap
+
+
+def test_a_seeded_run_gives_the_same_model_in_process_and_over_workers(small, private, tmp_path):
+    overrides = ("protocol.name=bfv", "not_private_seed=3", "rounds=2", *private)
+    models = set()
+    for count in (0, 1, 2):
+        done = run(small(*overrides, f"engine.workers={count}"), tmp_path / str(count))
+        models.add((done.directory / "model.safetensors").read_bytes())
+        assert all(len(r.survivors) == 3 for r in read_history(done.directory).rounds)
+        assert len(done.summary.epsilon) == 3
+        assert workers() == []
+    assert len(models) == 1
+
+
+def test_the_sites_of_a_killed_worker_fall_out_and_the_run_goes_on(small, private, tmp_path):
+    def kill() -> None:
+        os.kill(workers()[-1], signal.SIGKILL)
+
+    done = run(
+        small("protocol.name=bfv", "sites.count=4", "engine.workers=2", "rounds=3", *private),
+        tmp_path / "run",
+        exchange=at(2, "upload", kill),
+    )
+    first, *later = read_history(done.directory).rounds
+    assert len(first.survivors) == 4
+    for record in later:
+        assert record.survivors in (("site-1", "site-3"), ("site-2", "site-4"))
+        assert len(record.dropouts) == 2
+        assert all("no reply" in why for why in record.dropouts.values())
+    assert done.summary.stopped == "round budget"
+    assert all(value <= 5.0 for value in done.summary.epsilon.values())
+    assert workers() == []
+
+
+@pytest.mark.parametrize("hidden", [4, 4000], ids=["small model", "larger than a pipe"])
+def test_a_deadline_drops_sites_that_are_too_slow_and_they_may_come_back(small, tmp_path, hidden):
+    stopped: list[int] = []
+
+    def stop() -> None:
+        stopped.append(workers()[-1])
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    def go_on() -> None:
+        os.kill(stopped[0], signal.SIGCONT)
+
+    def both(exchange):
+        return at(3, "upload", go_on)(at(2, "upload", stop)(exchange))
+
+    experiment = small(
+        "sites.count=4",
+        "model.name=mlp",
+        f"model.hidden=[{hidden}]",
+        "engine.workers=2",
+        "engine.deadline=2",
+        "rounds=3",
+    )
+    done = run(experiment, tmp_path / "run", exchange=both)
+    first, second, third = read_history(done.directory).rounds
+    assert len(first.survivors) == 4
+    assert second.survivors in (("site-1", "site-3"), ("site-2", "site-4"))
+    assert all("no reply" in why for why in second.dropouts.values())
+    assert len(third.survivors) == 4
+    assert workers() == []
+
+
+def test_a_users_mistake_inside_a_worker_comes_out_as_one_line(small, private, tmp_path):
+    wrong = (*private[:3], "privacy.expected_batch=400")
+    told = set()
+    for count in (0, 2):
+        with pytest.raises(ConfigurationError, match="expected_batch = 400") as caught:
+            run(small(*wrong, f"engine.workers={count}"), tmp_path / str(count))
+        told.add(str(caught.value))
+        assert workers() == []
+    assert len({message.replace("site-2", "site-1") for message in told}) == 1
+
+
+def test_replacing_clients_needs_them_in_process(small, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"engine\.workers = 0"):
+        run(
+            small("engine.workers=1"),
+            tmp_path / "run",
+            clients={"site-1": lambda client: client},
+        )
+    assert not (tmp_path / "run").exists()
