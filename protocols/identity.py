@@ -16,7 +16,7 @@ from protocols.keystream import Randomness
 
 
 def digest(domain: str, *fields: bytes) -> bytes:
-    """SHA-256 of `fields`, each after its length (8 bytes, big-endian), so that no two lists collide.
+    """SHA-256 of `fields`, each after its length (8 bytes, big-endian): no two lists collide.
 
     >>> digest("x", b"ab", b"c") == digest("x", b"a", b"bc")
     False

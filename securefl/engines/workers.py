@@ -105,6 +105,7 @@ class Workers:
         count = min(experiment.engine.workers, len(sites))
         self._deadline = experiment.engine.deadline
         self._inbox: queue.Queue[tuple[int, Frame | None]] = queue.Queue()
+        self._outboxes = [queue.SimpleQueue[Frame | None]() for _ in range(count)]
         self._worker_of = {site: i % count for i, site in enumerate(sites)}
         self._alive = set(range(count))
         self._number = 0
@@ -120,6 +121,7 @@ class Workers:
         ]
         for i, process in enumerate(self._processes):
             threading.Thread(target=self._listen, args=(i, process.stdout), daemon=True).start()
+            threading.Thread(target=self._speak, args=(i, process.stdin), daemon=True).start()
             start = Start(experiment.dump(), sites[i::count], session, str(folder), threads)
             self._post(i, start)
         self.roster = self._enrol()
@@ -149,6 +151,10 @@ class Workers:
         """Ask all sites at once; who has not answered by the deadline is left out."""
         del phase
         self._number += 1
+        for outbox in self._outboxes:  # what a slow worker was not sent in time, it needs no more
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    outbox.get_nowait()
         waiting = {s for s in messages if self._worker_of[s] in self._alive}
         for site in sorted(waiting):
             self._post(self._worker_of[site], Ask(self._number, site, messages[site]))
@@ -173,10 +179,13 @@ class Workers:
         return replies
 
     def _post(self, worker: int, frame: Frame) -> None:
-        pipe = self._processes[worker].stdin
-        assert pipe is not None  # noqa: S101 - Popen made it
-        with contextlib.suppress(BrokenPipeError):  # the listener reports the end
-            _send(pipe, frame)
+        self._outboxes[worker].put(frame)
+
+    def _speak(self, worker: int, pipe: IO[bytes]) -> None:
+        """Write in a thread: a full pipe to one worker must not outlast the deadline of all."""
+        with contextlib.suppress(BrokenPipeError), pipe:  # the listener reports the end
+            while (frame := self._outboxes[worker].get()) is not None:
+                _send(pipe, frame)
 
     def _listen(self, worker: int, pipe: IO[bytes]) -> None:
         while (frame := _receive(pipe)) is not None:
@@ -185,10 +194,8 @@ class Workers:
 
     def close(self) -> None:
         """End the workers: they stop when their input does, and are killed if they do not."""
-        for process in self._processes:
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
+        for outbox in self._outboxes:
+            outbox.put(None)
         for process in self._processes:
             try:
                 process.wait(timeout=2)
