@@ -24,7 +24,7 @@ from protocols.bitpacking import pack, unpack
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import MalformedMessageError, ProtocolError, RefusedError, RoundAbortedError
 from protocols.identity import Roster, digest
-from protocols.keystream import Keystream, Randomness, Seed
+from protocols.keystream import Randomness, Seed
 from protocols.messages import (
     HE_SEED_BYTES,
     Advertisement,
@@ -40,10 +40,10 @@ from protocols.rounds import (
     Cohort,
     Expected,
     Outcome,
+    Party,
     Requests,
     ServerSide,
     Slots,
-    make_identities,
     public_weight,
     statement,
 )
@@ -277,42 +277,13 @@ def run(
     >>> run({name: np.ones(2) for name in "abc"}, encoding, dropouts={"a": "share"}).contributors
     ('b', 'c')
     """
-    identities = make_identities(vectors, randomness)
-    roster = next(iter(identities.values())).roster
-    length = len(next(iter(vectors.values())))
-    begin = Begin(randomness(16), 1, tuple(sorted(vectors)), 2, bytes(32))
-    states: dict[str, Advertised | Uploaded | Opened] = {}
-    gone: set[str] = set()
+    party = Party(vectors, encoding, weights, randomness)
+    return party.play(STEPS, server, dropouts or {})
 
-    def answer(site: str, phase: str, message: bytes) -> bytes:
-        state = states.get(site)
-        if phase == "advertise":
-            me = identities[site]
-            expected = Expected(me, begin.session, 1, bytes(32), 2, encoding, length)
-            states[site], reply = client_step1(expected, message, randomness)
-        elif phase == "share" and isinstance(state, Advertised):
-            states[site], reply = client_step2(state, message, randomness)
-        elif phase == "upload" and isinstance(state, Advertised):
-            rounding = Keystream(Seed.draw(randomness), "rounding")
-            slots = encoding.encode(vectors[site], weights[site] if weights else 1, rounding)
-            states[site], reply = client_step3(state, message, slots, randomness)
-        elif phase == "open" and isinstance(state, Uploaded):
-            states[site], reply = client_step4(state, message, randomness)
-        else:
-            raise RefusedError(f"{site} is not asked in phase {phase} now")
-        return reply
 
-    steps = server(begin, roster, encoding, length, None if encoding.weight_slot else weights)
-    requests = next(steps)
-    while True:
-        gone |= {site for site, phase in (dropouts or {}).items() if phase == requests.phase}
-        replies = {
-            site: answer(site, requests.phase, message)
-            for site, message in requests.messages.items()
-            if site not in gone
-        }
-        try:
-            requests = steps.send(replies)
-        except StopIteration as done:
-            outcome: Outcome = done.value
-            return outcome.aggregate
+STEPS = {
+    "advertise": client_step1,
+    "share": client_step2,
+    "upload": client_step3,
+    "open": client_step4,
+}

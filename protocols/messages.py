@@ -6,6 +6,7 @@ nothing else checks them again. Whatever bytes come in, only MalformedMessageErr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 import msgspec
@@ -14,6 +15,7 @@ from msgspec import Meta
 from protocols.errors import MalformedMessageError
 from protocols.identity import digest
 from protocols.sealing import box_bytes
+from protocols.shamir import SHARE_BYTES
 
 SiteName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -24,6 +26,17 @@ HE_SEED_BYTES = 64
 SealedBox = Annotated[
     bytes, Meta(min_length=box_bytes(HE_SEED_BYTES), max_length=box_bytes(HE_SEED_BYTES))
 ]
+
+
+SharesBox = Annotated[
+    bytes, Meta(min_length=box_bytes(2 * SHARE_BYTES), max_length=box_bytes(2 * SHARE_BYTES))
+]
+ShareBytes = Annotated[bytes, Meta(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
+
+
+def _in_order(names: Sequence[str], what: str) -> None:
+    if list(names) != sorted(set(names)):
+        raise ValueError(f"{what} are not in order, each site once")
 
 
 class Message(
@@ -59,19 +72,22 @@ class Begin(Message, frozen=True):
     """S -> C, first in every protocol: which round this is and who is in it.
 
     binding: SHA-256 of what all parties must agree on (weights, pruning mask, parameters).
+    threshold: t, how many sites can take a mask off together; 1 in protocols without masks.
     """
 
     session: SessionId
     round: Annotated[int, Meta(ge=1, le=2**62)]
     cohort: Annotated[tuple[SiteName, ...], Meta(min_length=2, max_length=1 << 16)]
     minimum: Annotated[int, Meta(ge=2, le=1 << 16)]
+    threshold: Annotated[int, Meta(ge=1, le=1 << 16)]
     binding: Digest
 
     def __post_init__(self) -> None:
-        if list(self.cohort) != sorted(set(self.cohort)):
-            raise ValueError("the cohort is not in order, each site once")
+        _in_order(self.cohort, "the cohort's sites")
         if self.minimum > len(self.cohort):
             raise ValueError(f"minimum {self.minimum} exceeds the cohort of {len(self.cohort)}")
+        if self.threshold > len(self.cohort):
+            raise ValueError(f"threshold {self.threshold} exceeds the cohort")
 
     @property
     def context(self) -> bytes:
@@ -93,9 +109,7 @@ class Advertisements(Message, frozen=True):
     items: Annotated[tuple[Advertisement, ...], Meta(min_length=2, max_length=1 << 16)]
 
     def __post_init__(self) -> None:
-        names = [item.sender for item in self.items]
-        if names != sorted(set(names)):
-            raise ValueError("the advertisements are not in order, one a site")
+        _in_order([item.sender for item in self.items], "the advertisements")
 
 
 class SealedSeed(Message, frozen=True):
@@ -118,11 +132,111 @@ class SealedSeeds(Message, frozen=True):
     items: Annotated[tuple[SealedSeed, ...], Meta(min_length=2, max_length=1 << 16)]
 
     def __post_init__(self) -> None:
-        names = [item.receiver for item in self.items]
-        if names != sorted(set(names)):
-            raise ValueError("the sealed seeds are not in order, one a site")
+        _in_order([item.receiver for item in self.items], "the sealed seeds")
         if len({(item.maker, item.public, item.key) for item in self.items}) != 1:
             raise ValueError("the sealed seeds do not come from one maker and one seed")
+
+
+class MaskAdvertisement(Message, frozen=True):
+    """C -> S: this round's channel and mask keys and the commitment to the self-mask seed, signed.
+
+    Only the mask key's secret is ever shared out, so recovering it opens no sealed message.
+    """
+
+    sender: SiteName
+    channel: PublicKey
+    mask: PublicKey
+    commitment: Digest
+    signature: Signature
+
+
+class MaskAdvertisements(Message, frozen=True):
+    """S -> C: U1, everyone who advertised."""
+
+    items: Annotated[tuple[MaskAdvertisement, ...], Meta(min_length=2, max_length=1 << 16)]
+
+    def __post_init__(self) -> None:
+        _in_order([item.sender for item in self.items], "the advertisements")
+
+
+class SealedShares(Message, frozen=True):
+    """One site -> another, through S: shares of its self-mask seed and of its mask secret."""
+
+    sender: SiteName
+    receiver: SiteName
+    box: SharesBox
+
+
+class SharedSecrets(Message, frozen=True):
+    """C -> S: one box of shares for every other site in U1; the maker's HE seeds too."""
+
+    shares: Annotated[tuple[SealedShares, ...], Meta(min_length=1, max_length=1 << 16)]
+    seeds: Annotated[tuple[SealedSeed, ...], Meta(max_length=1 << 16)]
+
+    def __post_init__(self) -> None:
+        _in_order([item.receiver for item in self.shares], "the sealed shares")
+        if len({item.sender for item in self.shares}) != 1:
+            raise ValueError("the sealed shares do not come from one site")
+        if self.seeds:
+            SealedSeeds(self.seeds)
+
+
+class RelayedSecrets(Message, frozen=True):
+    """S -> C: what the others in U2 sealed for this site."""
+
+    shares: Annotated[tuple[SealedShares, ...], Meta(min_length=1, max_length=1 << 16)]
+    seeds: Annotated[tuple[SealedSeed, ...], Meta(max_length=1)]
+
+    def __post_init__(self) -> None:
+        _in_order([item.sender for item in self.shares], "the sealed shares")
+
+
+class Survivors(Message, frozen=True):
+    """S -> C: U3, the sites whose uploads are in the sum."""
+
+    sites: Annotated[tuple[SiteName, ...], Meta(min_length=2, max_length=1 << 16)]
+
+    def __post_init__(self) -> None:
+        _in_order(self.sites, "the survivors")
+
+
+class Confirmation(Message, frozen=True):
+    """C -> S: a signature under U3."""
+
+    sender: SiteName
+    signature: Signature
+
+
+class Confirmations(Message, frozen=True):
+    """S -> C: who confirmed U3."""
+
+    items: Annotated[tuple[Confirmation, ...], Meta(min_length=1, max_length=1 << 16)]
+
+    def __post_init__(self) -> None:
+        _in_order([item.sender for item in self.items], "the confirmations")
+
+
+class ReleasedShare(Message, frozen=True):
+    """A share of one site's self-mask seed or mask secret, no longer secret."""
+
+    owner: SiteName
+    share: ShareBytes
+
+
+class ReleasedShares(Message, frozen=True):
+    """C -> S: for every peer in U2 one share: `own` of those in U3, `mask` of those that are not."""
+
+    sender: SiteName
+    own: Annotated[tuple[ReleasedShare, ...], Meta(max_length=1 << 16)]
+    mask: Annotated[tuple[ReleasedShare, ...], Meta(max_length=1 << 16)]
+    signature: Signature
+
+    def __post_init__(self) -> None:
+        own, mask = [s.owner for s in self.own], [s.owner for s in self.mask]
+        _in_order(own, "the shares of self-mask seeds")
+        _in_order(mask, "the shares of mask secrets")
+        if set(own) & set(mask):
+            raise ValueError("both shares of one site: never")
 
 
 class Upload(Message, frozen=True):
@@ -144,8 +258,7 @@ class SumToOpen(Message, frozen=True):
     payload: bytes
 
     def __post_init__(self) -> None:
-        if list(self.contributors) != sorted(set(self.contributors)):
-            raise ValueError("the contributors are not in order, each site once")
+        _in_order(self.contributors, "the contributors")
 
 
 class OpenedSum(Message, frozen=True):

@@ -18,16 +18,16 @@ from protocols.bitpacking import pack, unpack
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import MalformedMessageError, ProtocolError
 from protocols.identity import Roster
-from protocols.keystream import Keystream, Randomness, Seed
+from protocols.keystream import Randomness
 from protocols.messages import Begin, Upload
 from protocols.rounds import (
     Cohort,
     Expected,
     Outcome,
+    Party,
     Requests,
     ServerSide,
     Slots,
-    make_identities,
     public_weight,
     statement,
 )
@@ -114,24 +114,5 @@ def run(
     >>> run(ones, FixedPoint(bits=8, clip=1.0, cohort=2, slot_bits=62)).mean
     array([1., 1., 1.])
     """
-    identities = make_identities(vectors, randomness)
-    roster = next(iter(identities.values())).roster
-    length = len(next(iter(vectors.values())))
-    begin = Begin(randomness(16), 1, tuple(sorted(vectors)), 2, bytes(32))
-    steps = server(begin, roster, encoding, length, None if encoding.weight_slot else weights)
-
-    # upload: everyone who is still there answers
-    requests = next(steps)
-    replies = {}
-    for site, message in requests.messages.items():
-        if dropouts and dropouts.get(site) == "upload":
-            continue
-        expected = Expected(identities[site], begin.session, 1, bytes(32), 2, encoding, length)
-        rounding = Keystream(Seed.draw(randomness), "rounding")
-        slots = encoding.encode(vectors[site], weights[site] if weights else 1, rounding)
-        _, replies[site] = client_step1(expected, message, slots, randomness)
-    try:
-        steps.send(replies)
-    except StopIteration as done:
-        outcome: Outcome = done.value
-    return outcome.aggregate
+    party = Party(vectors, encoding, weights, randomness)
+    return party.play({"upload": client_step1}, server, dropouts or {})

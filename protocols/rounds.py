@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
 from protocols.identity import Identity, Roster, SigningKey, digest
-from protocols.keystream import Randomness
+from protocols.keystream import Keystream, Randomness, Seed
 from protocols.messages import Begin
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class Expected:
 
     binding: what it computed itself over the model it was shown and the parameters.
     minimum: the least cohort and the fewest contributions it accepts, >= 2.
+    tolerated: T, how many sites may collude with the server without breaking masks.
     """
 
     identity: Identity
@@ -59,6 +60,7 @@ class Expected:
     minimum: int
     encoding: FixedPoint
     length: int
+    tolerated: int = 0
 
     def check(self, message: bytes) -> Begin:
         """The round that `message` begins; RefusedError when it is not what was expected."""
@@ -118,12 +120,13 @@ class Cohort:
                 self.faults[site] = f"replied in phase {requests.phase} without being asked"
         return accepted
 
-    def require(self, count: int, what: str) -> None:
+    def require(self, count: int, what: str, least: int | None = None) -> None:
         """RoundAbortedError, with the faults so far, unless `count` reaches the minimum."""
-        if count < self.begin.minimum:
+        least = self.begin.minimum if least is None else least
+        if count < least:
             reasons = "; ".join(f"{site}: {why}" for site, why in sorted(self.faults.items()))
             raise RoundAbortedError(
-                f"round {self.begin.round}: {count} {what}, {self.begin.minimum} needed"
+                f"round {self.begin.round}: {count} {what}, {least} needed"
                 + (f" ({reasons})" if reasons else ""),
                 self.faults,
             )
@@ -150,3 +153,70 @@ def make_identities(names: Iterable[str], randomness: Randomness) -> dict[str, I
 def public_weight(weights: Mapping[str, int] | None, contributors: tuple[str, ...]) -> int | None:
     """The contributors' total weight where weights are public constants."""
     return None if weights is None else sum(weights[site] for site in contributors)
+
+
+@final
+class Party:
+    """Every client of one round in one process, for `run`, tests and demonstrations."""
+
+    def __init__(
+        self,
+        vectors: Mapping[str, NDArray[np.floating]],
+        encoding: FixedPoint,
+        weights: Mapping[str, int] | None,
+        randomness: Randomness,
+        threshold: int = 1,
+        tolerated: int = 0,
+    ) -> None:
+        self.identities = make_identities(vectors, randomness)
+        self.roster = next(iter(self.identities.values())).roster
+        minimum = max(2, threshold, tolerated + 2 if threshold > 1 else 2)
+        self.begin = Begin(randomness(16), 1, tuple(sorted(vectors)), minimum, threshold, bytes(32))
+        self.length = len(next(iter(vectors.values())))
+        self._vectors, self._encoding, self._weights = vectors, encoding, weights
+        self._randomness = randomness
+        self._states: dict[str, Any] = {
+            site: Expected(
+                identity,
+                self.begin.session,
+                1,
+                bytes(32),
+                minimum,
+                encoding,
+                self.length,
+                tolerated,
+            )
+            for site, identity in self.identities.items()
+        }
+
+    def slots(self, site: str) -> Slots:
+        """The site's encoded vector."""
+        rounding = Keystream(Seed.draw(self._randomness), "rounding")
+        weight = self._weights[site] if self._weights else 1
+        return self._encoding.encode(self._vectors[site], weight, rounding)
+
+    def play(
+        self,
+        steps: Mapping[str, Callable[..., tuple[Any, bytes]]],
+        server: Callable[..., ServerSide],
+        dropouts: Mapping[str, str],
+    ) -> Aggregate:
+        """The whole round: every phase goes to every site that has not vanished by then."""
+        weights = None if self._encoding.weight_slot else self._weights
+        serving = server(self.begin, self.roster, self._encoding, self.length, weights)
+        requests, gone = next(serving), set[str]()
+        while True:
+            gone |= {site for site, phase in dropouts.items() if phase == requests.phase}
+            replies = {}
+            for site, message in requests.messages.items():
+                if site not in gone:
+                    slots = (self.slots(site),) if requests.phase == "upload" else ()
+                    step = steps[requests.phase]
+                    self._states[site], replies[site] = step(
+                        self._states[site], message, *slots, self._randomness
+                    )
+            try:
+                requests = serving.send(replies)
+            except StopIteration as done:
+                outcome: Outcome = done.value
+                return outcome.aggregate

@@ -1,4 +1,4 @@
-"""Seeds sealed from one site to another: X25519, HKDF-SHA256, AES-256-GCM.
+"""Seeds and shares sealed from one site to another: X25519, HKDF-SHA256, AES-256-GCM.
 
 The server relays sealed boxes and can neither open them nor move them to another round, sender or
 receiver: all of these are in the key derivation and in the associated data.
@@ -14,14 +14,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from protocols.errors import ProtocolError
 from protocols.keystream import Randomness, Seed, hkdf
+from protocols.shamir import SHARE_BYTES, Share
 
 NONCE_BYTES = 12
 TAG_BYTES = 16
 
 
-def box_bytes(seed_bytes: int) -> int:
-    """Length of a box that seals a seed of `seed_bytes`."""
-    return NONCE_BYTES + seed_bytes + TAG_BYTES
+def box_bytes(secret_bytes: int) -> int:
+    """Length of a box that seals `secret_bytes`."""
+    return NONCE_BYTES + secret_bytes + TAG_BYTES
 
 
 @final
@@ -73,18 +74,53 @@ def seal(
     `context` must bind sender, receiver, both public keys, session and round.
     Raises ProtocolError when the receiver's public key is not a usable one.
     """
-    name, public = receiver
-    check_public(name, public)
-    cipher = key._cipher(public, context)
-    nonce = rand(NONCE_BYTES)
-    return nonce + cipher.encrypt(nonce, seed._material, context)
+    return _seal(seed._material, key, receiver, context, rand)
 
 
 def unseal(box: bytes, key: ChannelKey, sender: tuple[str, bytes], context: bytes) -> Seed:
     """The seed in `box` from `sender` (name, public key); ProtocolError unless it is intact."""
-    name, public = sender
     try:
-        cipher = key._cipher(public, context)
-        return Seed(cipher.decrypt(box[:NONCE_BYTES], box[NONCE_BYTES:], context))
+        return Seed(_unseal(box, key, sender, context))
+    except ValueError:
+        raise ProtocolError(f"what {sender[0]} sealed is not a seed", [sender[0]]) from None
+
+
+def seal_shares(
+    shares: tuple[Share, Share],
+    key: ChannelKey,
+    receiver: tuple[str, bytes],
+    context: bytes,
+    rand: Randomness,
+) -> bytes:
+    """One site's shares of a self-mask seed and of a mask secret, sealed as `seal` does."""
+    plain = b"".join(share.reveal() for share in shares)
+    return _seal(plain, key, receiver, context, rand)
+
+
+def unseal_shares(
+    box: bytes, key: ChannelKey, sender: tuple[str, bytes], context: bytes
+) -> tuple[Share, Share]:
+    """The two shares in `box` from `sender`; ProtocolError unless they are intact."""
+    try:
+        plain = _unseal(box, key, sender, context)
+        return Share.parse(plain[:SHARE_BYTES]), Share.parse(plain[SHARE_BYTES:])
+    except ValueError:
+        raise ProtocolError(f"what {sender[0]} sealed are no shares", [sender[0]]) from None
+
+
+def _seal(
+    plain: bytes, key: ChannelKey, receiver: tuple[str, bytes], context: bytes, rand: Randomness
+) -> bytes:
+    name, public = receiver
+    check_public(name, public)
+    nonce = rand(NONCE_BYTES)
+    return nonce + key._cipher(public, context).encrypt(nonce, plain, context)
+
+
+def _unseal(box: bytes, key: ChannelKey, sender: tuple[str, bytes], context: bytes) -> bytes:
+    name, public = sender
+    check_public(name, public)
+    try:
+        return key._cipher(public, context).decrypt(box[:NONCE_BYTES], box[NONCE_BYTES:], context)
     except (ValueError, InvalidTag):
-        raise ProtocolError(f"the seed sealed by {name} does not open", [name]) from None
+        raise ProtocolError(f"the box sealed by {name} does not open", [name]) from None

@@ -1,0 +1,540 @@
+"""secagg: masks that cancel in the sum (Bonawitz et al. 2017, figure 4).
+
+1. advertise  C -> S  two fresh X25519 keys, channel and mask, and a commitment to the self-mask seed
+2. share      C -> S -> C  shares of that seed and of the mask secret, sealed for every other site
+3. upload     C -> S  the encoded vector plus pairwise and self masks, modulo 2^p; S adds
+4. confirm    C -> S  a signature under who is in the sum
+5. unmask     C -> S  for each peer one share: of its seed if it is in the sum, else of its secret
+
+U1 advertised, U2 shared, U3 uploaded. n sites, any t of which can take masks off, T of which may
+collude with the server: 2t > n + T, and a sum has at least m >= max(t, T + 2) contributions.
+
+Formal Guarantees: a server and up to T sites learn of the honest sites' vectors no more than the
+sum over the honest sites in U3. To take both masks off one of them takes t shares of either kind;
+an honest site releases one kind, a colluding one both, n - T + 2T = n + T < 2t together.
+
+The client functions below the steps serve masked-bfv too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocols import masks, shamir
+from protocols.bitpacking import pack, unpack
+from protocols.encoding import Aggregate, FixedPoint
+from protocols.errors import (
+    MalformedMessageError,
+    ProtocolError,
+    RefusedError,
+    RoundAbortedError,
+)
+from protocols.identity import Roster, digest
+from protocols.keystream import Randomness, Seed
+from protocols.masks import MaskKey
+from protocols.messages import (
+    Begin,
+    Confirmation,
+    Confirmations,
+    MaskAdvertisement,
+    MaskAdvertisements,
+    RelayedSecrets,
+    ReleasedShare,
+    ReleasedShares,
+    SealedShares,
+    SharedSecrets,
+    Survivors,
+    Upload,
+)
+from protocols.rounds import (
+    Cohort,
+    Expected,
+    Outcome,
+    Party,
+    Replies,
+    Requests,
+    ServerSide,
+    Slots,
+    public_weight,
+    statement,
+)
+from protocols.sealing import ChannelKey, check_public, seal_shares, unseal_shares
+from protocols.shamir import Share
+
+PHASES = ("advertise", "share", "upload", "confirm", "unmask")
+NO_KEY = bytes(32)
+
+T = TypeVar("T")
+Adverts = Mapping[str, MaskAdvertisement]
+Part = Generator[Requests, Replies, T]
+"""A phase of a server's round, to be delegated to with `yield from`."""
+
+
+def slot_bits(cohort: int) -> int:
+    """Bits that a slot offers to a sum over `cohort` sites."""
+    del cohort
+    return 62
+
+
+def check_thresholds(begin: Begin, tolerated: int) -> None:
+    """RefusedError unless masks hold against the server and `tolerated` sites."""
+    n, t, m = len(begin.cohort), begin.threshold, begin.minimum
+    if 2 * t <= n + tolerated:
+        least = least_threshold(n, tolerated)
+        raise RefusedError(f"threshold {t} of {n} sites: 2t > n + T needs at least {least}")
+    if m < max(t, tolerated + 2):
+        raise RefusedError(f"minimum {m} is below max(t, T + 2) = {max(t, tolerated + 2)}")
+
+
+def least_threshold(sites: int, tolerated: int) -> int:
+    """The smallest t with 2t > n + T."""
+    return (sites + tolerated) // 2 + 1
+
+
+# --- the client -----------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Advertised:
+    """A client that has offered its keys."""
+
+    expected: Expected
+    begin: Begin
+    channel: ChannelKey
+    mask: MaskKey
+    seed: Seed
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A client that has shared its secrets with U1."""
+
+    secrets: Advertised
+    adverts: Adverts
+    kept: Share
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A client that has uploaded; it knows U2 and keeps what each peer sealed for it."""
+
+    shared: Shared
+    boxes: Mapping[str, SealedShares]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A client that has signed one U3; it signs no other."""
+
+    uploaded: Uploaded
+    survivors: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A client that has released its shares; it releases no more."""
+
+
+def client_step1(
+    expected: Expected, message: bytes, randomness: Randomness
+) -> tuple[Advertised, bytes]:
+    """Begin -> MaskAdvertisement: check the round and its thresholds, offer fresh keys."""
+    begin = expected.check(message)
+    check_thresholds(begin, expected.tolerated)
+    me, channel = expected.identity, ChannelKey(randomness)
+    mask, seed = MaskKey.draw(randomness), Seed.draw(randomness)
+    commitment = masks.commitment(seed, me.name, begin.context)
+    said = (channel.public, mask.public, commitment)
+    signature = me.key.sign(statement(begin.context, "advertise", me.name, *said))
+    reply = MaskAdvertisement(me.name, *said, signature)
+    return Advertised(expected, begin, channel, mask, seed), reply.to_bytes()
+
+
+def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> tuple[Shared, bytes]:
+    """MaskAdvertisements -> SharedSecrets: seal shares of both secrets for every peer in U1."""
+    shared, boxes = share(state, message, randomness)
+    return shared, SharedSecrets(boxes, ()).to_bytes()
+
+
+def client_step3(
+    state: Shared, message: bytes, slots: Slots, randomness: Randomness
+) -> tuple[Uploaded, bytes]:
+    """RelayedSecrets -> Upload: the encoded vector under all masks that U2 calls for."""
+    del randomness
+    relayed = RelayedSecrets.from_bytes(message)
+    if relayed.seeds:
+        raise RefusedError("secagg has no HE seed")
+    uploaded, masked = mask(state, relayed, slots)
+    expected, begin = state.secrets.expected, state.secrets.begin
+    payload = b"".join(pack(chunk, expected.encoding.plain_bits).tobytes() for chunk in masked)
+    me = expected.identity
+    signature = me.key.sign(statement(begin.context, "upload", me.name, NO_KEY, payload))
+    return uploaded, Upload(me.name, NO_KEY, payload, signature).to_bytes()
+
+
+def client_step4(
+    state: Uploaded, message: bytes, randomness: Randomness
+) -> tuple[Confirmed, bytes]:
+    """Survivors -> Confirmation: sign one U3, after checking that it is large and inside U2."""
+    del randomness
+    secrets = state.shared.secrets
+    me, begin = secrets.expected.identity, secrets.begin
+    survivors = Survivors.from_bytes(message).sites
+    if len(survivors) < begin.minimum:
+        raise RefusedError(f"a sum of {len(survivors)} is below the {begin.minimum} needed")
+    if me.name not in survivors:
+        raise RefusedError(f"the sum leaves out {me.name}")
+    if not set(survivors) <= {me.name, *state.boxes}:
+        raise RefusedError("the sum counts sites that have not shared their secrets")
+    signature = me.key.sign(_confirmed(begin, me.name, survivors))
+    return Confirmed(state, survivors), Confirmation(me.name, signature).to_bytes()
+
+
+def client_step5(
+    state: Confirmed, message: bytes, randomness: Randomness
+) -> tuple[Released, bytes]:
+    """Confirmations -> ReleasedShares: of each peer the seed's share or the secret's, never both."""
+    del randomness
+    return Released(), unmask(state, message)
+
+
+def share(
+    state: Advertised, message: bytes, randomness: Randomness
+) -> tuple[Shared, tuple[SealedShares, ...]]:
+    """Check U1 and seal this site's shares for every other site in it."""
+    me, begin = state.expected.identity, state.begin
+    adverts = {item.sender: item for item in MaskAdvertisements.from_bytes(message).items}
+    state.expected.check_contributors(begin, tuple(adverts))
+    for item in adverts.values():
+        said = (item.channel, item.mask, item.commitment)
+        me.roster.verify(
+            item.sender, item.signature, statement(begin.context, "advertise", item.sender, *said)
+        )
+        check_public(item.sender, item.channel)
+        check_public(item.sender, item.mask)
+    mine = adverts.get(me.name)
+    if mine is None or (mine.channel, mine.mask) != (state.channel.public, state.mask.public):
+        raise RefusedError(f"the server relays other keys for {me.name}")
+    n, t = len(begin.cohort), begin.threshold
+    seeds = shamir.split(state.seed, t, n, randomness)
+    secrets = shamir.split(state.mask.seed, t, n, randomness)
+    boxes = []
+    for peer, advert in adverts.items():
+        if peer != me.name:
+            i = begin.cohort.index(peer)
+            context = _box_context(begin, mine, advert)
+            to = (peer, advert.channel)
+            box = seal_shares((seeds[i], secrets[i]), state.channel, to, context, randomness)
+            boxes.append(SealedShares(me.name, peer, box))
+    return Shared(state, adverts, seeds[begin.cohort.index(me.name)]), tuple(boxes)
+
+
+def mask(
+    state: Shared, relayed: RelayedSecrets, slots: Slots
+) -> tuple[Uploaded, Iterator[NDArray[np.uint64]]]:
+    """Check U2, keep its boxes, and put this site's masks over its slots."""
+    secrets = state.secrets
+    me, begin = secrets.expected.identity.name, secrets.begin
+    boxes = {item.sender: item for item in relayed.shares}
+    if any(item.receiver != me for item in relayed.shares):
+        raise RefusedError(f"the server relays shares that were not sealed for {me}")
+    if me in boxes or not set(boxes) <= set(state.adverts):
+        raise RefusedError("shares come from sites that have not advertised")
+    members = sorted({me, *boxes})
+    secrets.expected.check_contributors(begin, tuple(members))
+    context = mask_context(begin, {site: state.adverts[site] for site in members})
+    terms = [masks.own(secrets.seed, me, context)]
+    terms += [secrets.mask.pair(me, peer, state.adverts[peer].mask, context) for peer in boxes]
+    return Uploaded(state, boxes), masks.add(slots, terms, secrets.expected.encoding.plain_bits)
+
+
+def unmask(state: Confirmed, message: bytes) -> bytes:
+    """Check that t sites confirmed this very U3, then release one share of every peer in U2."""
+    uploaded, secrets = state.uploaded, state.uploaded.shared.secrets
+    me, begin, adverts = secrets.expected.identity.name, secrets.begin, uploaded.shared.adverts
+    roster = secrets.expected.identity.roster
+    check_quorum(begin, roster, state.survivors, Confirmations.from_bytes(message))
+    own, lost = [ReleasedShare(me, uploaded.shared.kept.reveal())], []
+    for peer, sealed in sorted(uploaded.boxes.items()):
+        context = _box_context(begin, adverts[peer], adverts[me])
+        try:
+            sender = (peer, adverts[peer].channel)
+            of_seed, of_secret = unseal_shares(sealed.box, secrets.channel, sender, context)
+        except ProtocolError:
+            continue  # t other sites hold a share of this peer's secrets, or the round aborts
+        if peer in state.survivors:
+            own.append(ReleasedShare(peer, of_seed.reveal()))
+        else:
+            lost.append(ReleasedShare(peer, of_secret.reveal()))
+    shares = tuple(sorted(own, key=lambda item: item.owner)), tuple(lost)
+    said = statement(begin.context, "unmask", me, _released(*shares))
+    return ReleasedShares(me, *shares, secrets.expected.identity.key.sign(said)).to_bytes()
+
+
+def check_quorum(
+    begin: Begin, roster: Roster, survivors: tuple[str, ...], confirmations: Confirmations
+) -> None:
+    """RefusedError or ProtocolError unless t sites in U3 signed it."""
+    signers = [item.sender for item in confirmations.items]
+    if not set(signers) <= set(survivors) or len(signers) < begin.threshold:
+        raise RefusedError(f"{len(signers)} sites confirmed the sum, {begin.threshold} are needed")
+    for item in confirmations.items:
+        roster.verify(item.sender, item.signature, _confirmed(begin, item.sender, survivors))
+
+
+def mask_context(begin: Begin, members: Adverts) -> bytes:
+    """What a mask is bound to: the round and its model, and U2 with all keys."""
+    said = (digest("advert", a.sender.encode(), a.channel, a.mask) for a in members.values())
+    return digest("masks", begin.context, *said)
+
+
+def _box_context(begin: Begin, sender: MaskAdvertisement, receiver: MaskAdvertisement) -> bytes:
+    names = (sender.sender.encode(), receiver.sender.encode())
+    return digest("shares", begin.context, *names, sender.channel, receiver.channel)
+
+
+def _confirmed(begin: Begin, signer: str, survivors: tuple[str, ...]) -> bytes:
+    return statement(begin.context, "confirm", signer, *(site.encode() for site in survivors))
+
+
+def _released(own: tuple[ReleasedShare, ...], lost: tuple[ReleasedShare, ...]) -> bytes:
+    said = [digest("own", s.owner.encode(), s.share) for s in own]
+    said += [digest("mask", s.owner.encode(), s.share) for s in lost]
+    return digest("released", *said)
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+def advertised(cohort: Cohort) -> Part[dict[str, MaskAdvertisement]]:
+    """Phase advertise: U1, by name."""
+    begin = cohort.begin
+
+    def parse(site: str, data: bytes) -> MaskAdvertisement:
+        item = MaskAdvertisement.from_bytes(data)
+        said = (item.channel, item.mask, item.commitment)
+        cohort.verify("advertise", item.sender, site, item.signature, *said)
+        check_public(site, item.channel)
+        check_public(site, item.mask)
+        return item
+
+    requests = Requests("advertise", dict.fromkeys(begin.cohort, begin.to_bytes()))
+    adverts = cohort.accept(requests, (yield requests), parse)
+    cohort.require(len(adverts), "sites advertised their keys")
+    return adverts
+
+
+def shared(
+    cohort: Cohort, adverts: Adverts, check: Callable[[str, SharedSecrets], None]
+) -> Part[dict[str, SharedSecrets]]:
+    """Phase share: U2, by name, with what each sealed. `check` raises for what else is wrong."""
+
+    def parse(site: str, data: bytes) -> SharedSecrets:
+        said = SharedSecrets.from_bytes(data)
+        receivers = [item.receiver for item in said.shares]
+        if said.shares[0].sender != site or receivers != [s for s in adverts if s != site]:
+            raise ProtocolError(f"{site} did not seal its shares for every other site", [site])
+        check(site, said)
+        return said
+
+    message = MaskAdvertisements(tuple(adverts.values())).to_bytes()
+    requests = Requests("share", dict.fromkeys(adverts, message))
+    secrets = cohort.accept(requests, (yield requests), parse)
+    cohort.require(len(secrets), "sites shared their secrets")
+    return secrets
+
+
+def relayed(secrets: Mapping[str, SharedSecrets]) -> dict[str, bytes]:
+    """What each site in U2 is sent of what the others sealed for it."""
+    inbox: dict[str, list[SealedShares]] = {site: [] for site in secrets}
+    for said in secrets.values():
+        for item in said.shares:
+            if item.receiver in inbox:
+                inbox[item.receiver].append(item)
+    seeds = {item.receiver: (item,) for said in secrets.values() for item in said.seeds}
+    return {
+        site: RelayedSecrets(tuple(items), seeds.get(site, ())).to_bytes()
+        for site, items in inbox.items()
+    }
+
+
+def confirmed(cohort: Cohort, survivors: tuple[str, ...]) -> Part[Confirmations]:
+    """Phase confirm: at least t signatures under U3."""
+    begin = cohort.begin
+
+    def parse(site: str, data: bytes) -> Confirmation:
+        item = Confirmation.from_bytes(data)
+        said = (other.encode() for other in survivors)
+        cohort.verify("confirm", item.sender, site, item.signature, *said)
+        return item
+
+    requests = Requests("confirm", dict.fromkeys(survivors, Survivors(survivors).to_bytes()))
+    items = cohort.accept(requests, (yield requests), parse)
+    cohort.require(len(items), "sites confirmed the sum", begin.threshold)
+    return Confirmations(tuple(items.values()))
+
+
+def outstanding(
+    cohort: Cohort,
+    adverts: Adverts,
+    members: tuple[str, ...],
+    survivors: tuple[str, ...],
+    confirmations: Confirmations,
+) -> Part[list[masks.Term]]:
+    """Phase unmask: the masks that are still on the sum of `survivors`' uploads, with their signs."""
+    begin = cohort.begin
+
+    def parse(site: str, data: bytes) -> ReleasedShares:
+        said = ReleasedShares.from_bytes(data)
+        cohort.verify("unmask", said.sender, site, said.signature, _released(said.own, said.mask))
+        lost = set(members) - set(survivors)
+        if not {s.owner for s in said.own} <= set(survivors):
+            raise ProtocolError(f"{site} released seeds of sites outside the sum", [site])
+        if not {s.owner for s in said.mask} <= lost:
+            raise ProtocolError(f"{site} released secrets of sites inside the sum", [site])
+        return said
+
+    signers = [item.sender for item in confirmations.items]
+    requests = Requests("unmask", dict.fromkeys(signers, confirmations.to_bytes()))
+    released = cohort.accept(requests, (yield requests), parse)
+    cohort.require(len(released), "sites released shares", begin.threshold)
+
+    context = mask_context(begin, {site: adverts[site] for site in members})
+    terms = []
+    for site in members:
+        held = {
+            releaser: item.share
+            for releaser, said in released.items()
+            for item in (said.own if site in survivors else said.mask)
+            if item.owner == site
+        }
+        if site in survivors:
+            said = adverts[site].commitment
+            seed = _recover(
+                cohort,
+                site,
+                held,
+                lambda s, i=site, c=said: masks.commitment(s, i, begin.context) == c,
+            )
+            terms.append(masks.own(seed, site, context))
+        else:
+            public = adverts[site].mask
+            seed = _recover(cohort, site, held, lambda s, p=public: MaskKey(s).public == p)
+            for peer in survivors:
+                sign, stream = MaskKey(seed).pair(site, peer, adverts[peer].mask, context)
+                terms.append((-sign, stream))
+    return terms
+
+
+def _recover(
+    cohort: Cohort, owner: str, held: Mapping[str, bytes], is_right: Callable[[Seed], bool]
+) -> Seed:
+    """The secret of `owner` from any t right shares; RoundAbortedError when there are none."""
+    begin = cohort.begin
+    shares: dict[int, Share] = {}
+    for releaser, data in held.items():
+        try:
+            shares[begin.cohort.index(releaser) + 1] = Share.parse(data)
+        except ValueError:
+            cohort.faults[releaser] = f"unmask: its share of {owner}'s secret is malformed"
+    for points in itertools.islice(itertools.combinations(shares, begin.threshold), _TRIES):
+        try:
+            seed = shamir.combine({x: shares[x] for x in points})
+        except ValueError:
+            continue
+        if is_right(seed):
+            return seed
+    suspects = [owner, *held]
+    raise RoundAbortedError(
+        f"round {begin.round}: {len(shares)} shares of {owner}'s secret do not recover it, "
+        f"{begin.threshold} right ones are needed",
+        suspects,
+    )
+
+
+_TRIES = 512  # combinations of shares tried before a round is given up
+
+
+def server(
+    begin: Begin,
+    roster: Roster,
+    encoding: FixedPoint,
+    length: int,
+    weights: Mapping[str, int] | None = None,
+) -> ServerSide:
+    """The server's round. Raises RoundAbortedError when too few are left in any phase."""
+    cohort, slots, bits = Cohort(begin, roster), encoding.slots(length), encoding.plain_bits
+
+    def no_seeds(site: str, said: SharedSecrets) -> None:
+        if said.seeds:
+            raise ProtocolError(f"{site} sealed an HE seed, which secagg has not", [site])
+
+    def parse(site: str, data: bytes) -> NDArray[np.uint64]:
+        upload = Upload.from_bytes(data)
+        cohort.verify("upload", upload.sender, site, upload.signature, upload.key, upload.payload)
+        try:
+            return unpack(np.frombuffer(upload.payload, np.uint8), slots, bits)
+        except ValueError as error:
+            raise MalformedMessageError(f"upload: {error}", [site]) from None
+
+    # advertise, share: U1 and U2
+    adverts = yield from advertised(cohort)
+    secrets = yield from shared(cohort, adverts, no_seeds)
+
+    # upload: masked vectors; U3 are those whose uploads are sound
+    requests = Requests("upload", relayed(secrets))
+    uploads = cohort.accept(requests, (yield requests), parse)
+    survivors = tuple(uploads)
+    cohort.require(len(survivors), "uploads")
+    total = np.zeros(slots, np.uint64)
+    for vector in uploads.values():
+        total += vector
+
+    # confirm, unmask: what did not cancel is rebuilt and taken off
+    confirmations = yield from confirmed(cohort, survivors)
+    members = tuple(secrets)
+    terms = yield from outstanding(cohort, adverts, members, survivors, confirmations)
+    total -= masks.total(terms, slots, bits)
+    total &= np.uint64((1 << bits) - 1)
+    aggregate = encoding.decode(total, length, survivors, public_weight(weights, survivors))
+    return Outcome(aggregate, cohort.faults)
+
+
+def run(
+    vectors: Mapping[str, NDArray[np.floating]],
+    encoding: FixedPoint,
+    weights: Mapping[str, int] | None = None,
+    dropouts: Mapping[str, str] | None = None,
+    randomness: Randomness = os.urandom,
+    tolerated: int = 0,
+) -> Aggregate:
+    """Every party of one round in one process. `dropouts` maps a site to the phase it vanishes in.
+
+    >>> encoding = FixedPoint(bits=8, clip=1.0, cohort=5, slot_bits=slot_bits(5))
+    >>> run({s: np.ones(2) for s in "abcde"}, encoding, dropouts={"a": "upload"}).contributors
+    ('b', 'c', 'd', 'e')
+    """
+    threshold = least_threshold(len(vectors), tolerated)
+    party = Party(vectors, encoding, weights, randomness, threshold, tolerated)
+    return party.play(STEPS, server, dropouts or {})
+
+
+STEPS = {
+    "advertise": client_step1,
+    "share": client_step2,
+    "upload": client_step3,
+    "confirm": client_step4,
+    "unmask": client_step5,
+}
