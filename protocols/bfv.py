@@ -2,10 +2,10 @@
 
 Ring degree 2048 and one 54-bit prime, "128-bit classical by the HomomorphicEncryption.org 2018
 table". A block carries 2048 slots as (c0, seed): c1 is expanded from the seed. Blocks cross the
-wire in our own format, seed || 54-bit coefficients, and the last one ships only the coefficients
-in use. A sum is the sum of the c0 with the list of the seeds: additions are plain arithmetic
-modulo q that needs neither SEAL nor a key, and the opener expands the seeds. What a peer sends is
-range-checked here and only then framed for SEAL, so that no peer's bytes reach SEAL's parser.
+wire in our own format, the seed and the high bits of the coefficients, and the last one ships only
+the coefficients in use. A sum is the sum of the c0 with the list of the seeds: additions are plain
+arithmetic modulo q that needs neither SEAL nor a key, and the opener expands the seeds. What a peer
+sends is range-checked here and only then framed for SEAL, so no peer's bytes reach SEAL's parser.
 
 The only module that imports tenseal.
 """
@@ -31,8 +31,8 @@ DEGREE: Final = 2048
 MODULUS: Final = 18014398509404161
 MODULUS_BITS: Final = 54
 SEED_BYTES: Final = 64
-BLOCK_BYTES: Final = SEED_BYTES + packed_size(DEGREE, MODULUS_BITS)
 _BLOCKS_AT_A_TIME: Final = 32
+_CHUNK: Final = _BLOCKS_AT_A_TIME * DEGREE
 
 # SEAL 4.x serialisation: every object is header || body; the header is the magic number, its own
 # size, version, compression mode, and the total size.
@@ -58,9 +58,14 @@ def largest_plain_bits(additions: int) -> int:
 class Parameters:
     """Plaintext modulus 2^plain_bits, for sums of at most `additions` ciphertexts.
 
-    Formal Guarantees: no decryption failure. A fresh error is a centred binomial, |e| <= 21, and
-    scaling the plaintext rounds by at most 1/2, so a sum decrypts exactly while
-    additions * 21.5 + 1 < q / 2^(plain_bits + 1). The constructor checks this inequality.
+    A c0 is shipped without its lowest bits, rounded modulo q: `upload_cut` of them in an upload,
+    `sum_cut` in a sum. Both are as large as exactness allows.
+
+    Formal Guarantees: no decryption failure. A fresh error is a centred binomial, |e| <= 21,
+    scaling the plaintext rounds by at most 1/2, cutting d bits by at most 2^(d-1), and taking a
+    mask off by at most 1/2, so a sum decrypts exactly while
+    additions * (21.5 + 2^(d-1)) + 2^(d'-1) + 1 < q / 2^(plain_bits + 1),
+    d = upload_cut, d' = sum_cut. The constructor checks it for d = d' = 0; the cuts keep it.
     """
 
     plain_bits: int
@@ -71,22 +76,56 @@ class Parameters:
             raise ValueError(f"plain_bits = {self.plain_bits}: use at least 2")
         if self.additions < 1:
             raise ValueError(f"additions = {self.additions}: use at least 1")
-        if (43 * self.additions + 2) << self.plain_bits >= MODULUS:
+        if not self._decrypts(0, 0):
             raise ValueError(
                 f"a sum of {self.additions} ciphertexts modulo 2^{self.plain_bits} could fail to "
                 f"decrypt: use plain_bits <= {largest_plain_bits(self.additions)}"
             )
 
+    def _decrypts(self, upload_cut: int, sum_cut: int) -> bool:
+        # Twice the bound above, in integers; a cut of no bits rounds nothing.
+        each = 43 + (1 << upload_cut if upload_cut else 0)
+        once = 2 + (1 << sum_cut if sum_cut else 0)
+        return (self.additions * each + once) << self.plain_bits < MODULUS
 
-def ciphertext_bytes(slots: int) -> int:
-    """Length on the wire of one encrypted vector of `slots` slots."""
-    blocks, rest = divmod(slots, DEGREE)
-    return blocks * BLOCK_BYTES + (SEED_BYTES + packed_size(rest, MODULUS_BITS) if rest else 0)
+    @property
+    def upload_cut(self) -> int:
+        """Low bits of every c0 coefficient that an upload leaves out."""
+        return max(d for d in range(_MOST_CUT + 1) if self._decrypts(d, 0))
+
+    @property
+    def sum_cut(self) -> int:
+        """Low bits of every c0 coefficient that a sum leaves out."""
+        return max(d for d in range(_MOST_CUT + 1) if self._decrypts(self.upload_cut, d))
+
+    @property
+    def upload_bits(self) -> int:
+        """Bits of a coefficient in an upload."""
+        return MODULUS_BITS - self.upload_cut
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits of a coefficient in a sum."""
+        return MODULUS_BITS - self.sum_cut
+
+    @property
+    def block_bytes(self) -> int:
+        """Length on the wire of a whole block of an upload."""
+        return SEED_BYTES + packed_size(DEGREE, self.upload_bits)
+
+    def upload_bytes(self, slots: int) -> int:
+        """Length on the wire of one encrypted vector of `slots` slots."""
+        blocks, rest = divmod(slots, DEGREE)
+        last = SEED_BYTES + packed_size(rest, self.upload_bits) if rest else 0
+        return blocks * self.block_bytes + last
+
+    def sum_bytes(self, slots: int, contributions: int) -> int:
+        """Length on the wire of the sum of `contributions` encrypted vectors of `slots` slots."""
+        return packed_size(slots, self.sum_bits) + contributions * SEED_BYTES * _blocks(slots)
 
 
-def sum_bytes(slots: int, contributions: int) -> int:
-    """Length on the wire of the sum of `contributions` encrypted vectors of `slots` slots."""
-    return packed_size(slots, MODULUS_BITS) + contributions * SEED_BYTES * _blocks(slots)
+_MOST_CUT: Final = 16
+"""Cuts stay below the gap between q and 2^54, so that a rounded coefficient fits its bits."""
 
 
 def _blocks(slots: int) -> int:
@@ -167,14 +206,14 @@ class SecretKey:
         self._memory = _Memory()
 
     def encrypt(self, chunks: Iterable[NDArray[np.uint64]]) -> bytearray:
-        """The slots in `chunks` (uint64 < 2^plain_bits) as ciphertext_bytes(slots) wire bytes.
+        """The slots in `chunks` (uint64 < 2^plain_bits) as `upload_bytes(slots)` wire bytes.
 
         Every chunk but the last has a multiple of 2048 slots. Works a chunk at a time.
         """
         wire = bytearray()
         plain = seal.Plaintext()
         for chunk in chunks:
-            if wire and len(wire) % BLOCK_BYTES:
+            if wire and len(wire) % self.parameters.block_bytes:
                 raise ValueError(f"only the last chunk may end inside a block of {DEGREE} slots")
             if len(chunk) and int(chunk.max()) >> self.parameters.plain_bits:
                 raise ValueError(f"a slot is not below 2^{self.parameters.plain_bits}")
@@ -187,17 +226,19 @@ class SecretKey:
     def _encrypt_blocks(self, slots: NDArray[np.uint64], plain: Any) -> bytes:
         blocks = _blocks(len(slots))
         c0 = np.empty((blocks, DEGREE), "<u8")
-        rows = np.empty((blocks, BLOCK_BYTES), np.uint8)
+        bits, cut = self.parameters.upload_bits, self.parameters.upload_cut
+        rows = np.empty((blocks, self.parameters.block_bytes), np.uint8)
         for i in range(blocks):
             self._load_plaintext(plain, slots[i * DEGREE : (i + 1) * DEGREE])
             body = self._memory.saved(self._encryptor.encrypt_symmetric(plain))
             c0[i] = np.frombuffer(body, "<u8", DEGREE, _C0_OFFSET)
             rows[i, :SEED_BYTES] = np.frombuffer(body, np.uint8, SEED_BYTES, _SEED_OFFSET)
-        rows[:, SEED_BYTES:] = pack(c0.reshape(-1), MODULUS_BITS).reshape(blocks, -1)
-        wire = rows.reshape(-1)[: ciphertext_bytes(len(slots))]
+        c0 = _cut(c0, cut)
+        rows[:, SEED_BYTES:] = pack(c0.reshape(-1), bits).reshape(blocks, -1)
+        wire = rows.reshape(-1)[: self.parameters.upload_bytes(len(slots))]
         rest = len(slots) % DEGREE
         if rest:  # cut inside the last block: repack, so that the spare bits are zero
-            last = pack(c0[-1, :rest], MODULUS_BITS)
+            last = pack(c0[-1, :rest], bits)
             wire[len(wire) - len(last) :] = last
         return wire.tobytes()
 
@@ -219,16 +260,16 @@ class SecretKey:
             raise ProtocolError(
                 f"a sum of {contributions} ciphertexts is outside 1 to {self.parameters.additions}"
             )
-        if len(wire) != sum_bytes(slots, contributions):
+        size = self.parameters.sum_bytes(slots, contributions)
+        if len(wire) != size:
             raise MalformedMessageError(
-                f"an encrypted sum of {contributions} has {sum_bytes(slots, contributions)} bytes, "
-                f"not {len(wire)}"
+                f"an encrypted sum of {contributions} has {size} bytes, not {len(wire)}"
             )
         blocks = _blocks(slots)
-        cut = packed_size(slots, MODULUS_BITS)
+        end = packed_size(slots, self.parameters.sum_bits)
         data = np.frombuffer(wire, np.uint8)
-        c0 = _coefficients(data[:cut], slots)
-        seeds = data[cut:].reshape(contributions, blocks, SEED_BYTES)
+        c0 = _coefficients(data[:end], slots, self.parameters.sum_cut)
+        seeds = data[end:].reshape(contributions, blocks, SEED_BYTES)
         out = np.empty(slots, np.uint64)
         total, term, plain = seal.Ciphertext(), seal.Ciphertext(), seal.Plaintext()
         first, others = self._seeded_frame(), self._seeded_frame()
@@ -269,15 +310,26 @@ class SecretKey:
         raise TypeError("a secret key is not serialised")
 
 
-def _coefficients(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint64]:
+def _cut(c0: NDArray[np.uint64], cut: int) -> NDArray[np.uint64]:
+    """Coefficients below q, rounded to multiples of 2^cut modulo q, without those zero bits."""
+    return (c0 + np.uint64((1 << cut) >> 1)) >> np.uint64(cut)
+
+
+def _coefficients(packed: NDArray[np.uint8], count: int, cut: int) -> NDArray[np.uint64]:
+    """The inverse of `_cut`, from packed bytes, range-checked; MalformedMessageError."""
     try:
-        values = unpack(packed, count, MODULUS_BITS)
+        values = unpack(packed, count, MODULUS_BITS - cut)
     except ValueError as error:
         raise MalformedMessageError(f"ciphertext: {error}") from None
-    if len(values) and int(values.max()) >= MODULUS:
-        raise MalformedMessageError(
-            f"ciphertext: coefficient {int(values.argmax())} is not below q"
-        )
+    if len(values) and int(values.max()) > (MODULUS - 1 + ((1 << cut) >> 1)) >> cut:
+        raise MalformedMessageError(f"ciphertext: coefficient {int(values.argmax())} is not < q")
+    values <<= np.uint64(cut)
+    return _reduce(values)
+
+
+def _reduce(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`values` < 2q modulo q, in place: an unsigned x - q wraps to a huge number when x < q."""
+    np.minimum(values, values - np.uint64(MODULUS), out=values)
     return values
 
 
@@ -285,15 +337,18 @@ def _coefficients(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint64]:
 class Sum:
     """The running sum of encrypted vectors of `slots` slots. Needs no key and no SEAL.
 
+    Masks that lie under the encryption come off with `subtract`, which needs no key either.
+
     add: all or nothing; a refused ciphertext leaves the sum as it was.
     """
 
-    __slots__ = ("_c0", "_seeds", "slots")
+    __slots__ = ("_c0", "_seeds", "parameters", "slots")
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, parameters: Parameters) -> None:
         if slots < 1:
             raise ValueError(f"slots = {slots}: use at least 1")
         self.slots = slots
+        self.parameters = parameters
         self._c0 = np.zeros(slots, np.uint64)
         self._seeds: list[NDArray[np.uint8]] = []
 
@@ -304,17 +359,19 @@ class Sum:
 
     def add(self, wire: bytes | memoryview) -> None:
         """Add one ciphertext from the wire; MalformedMessageError unless it is well formed."""
-        if len(wire) != ciphertext_bytes(self.slots):
+        if self.contributions == self.parameters.additions:
+            raise ProtocolError(f"a sum holds at most {self.contributions} ciphertexts")
+        size = self.parameters.upload_bytes(self.slots)
+        if len(wire) != size:
             raise MalformedMessageError(
-                f"a ciphertext of {self.slots} slots has {ciphertext_bytes(self.slots)} bytes, "
-                f"not {len(wire)}"
+                f"a ciphertext of {self.slots} slots has {size} bytes, not {len(wire)}"
             )
         data = np.frombuffer(wire, np.uint8)
-        whole = self.slots // DEGREE
+        whole, each = self.slots // DEGREE, self.parameters.block_bytes
         seeds = np.empty((_blocks(self.slots), SEED_BYTES), np.uint8)
-        seeds[:whole] = data[: whole * BLOCK_BYTES].reshape(-1, BLOCK_BYTES)[:, :SEED_BYTES]
+        seeds[:whole] = data[: whole * each].reshape(-1, each)[:, :SEED_BYTES]
         if self.slots % DEGREE:
-            seeds[whole] = data[whole * BLOCK_BYTES :][:SEED_BYTES]
+            seeds[whole] = data[whole * each :][:SEED_BYTES]
         # Parsed twice, so that nothing is added before everything is known to be sound and no
         # second vector has to be held.
         for start, c0 in self._parse(data):
@@ -326,22 +383,42 @@ class Sum:
         for start, c0 in self._parse(data):
             total = self._c0[start : start + len(c0)]
             total += c0
-            # Both were below q < 2^63, and an unsigned x - q wraps to a huge number when x < q.
-            np.minimum(total, total - np.uint64(MODULUS), out=total)
+            _reduce(total)
         self._seeds.append(seeds)
 
     def _parse(self, data: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
         """The coefficients of a ciphertext, some blocks at a time, each with its first slot."""
-        whole = self.slots // DEGREE
-        rows = data[: whole * BLOCK_BYTES].reshape(whole, BLOCK_BYTES)
+        whole, each, cut = (
+            self.slots // DEGREE,
+            self.parameters.block_bytes,
+            self.parameters.upload_cut,
+        )
+        rows = data[: whole * each].reshape(whole, each)
         for block in range(0, whole, _BLOCKS_AT_A_TIME):
             part = rows[block : block + _BLOCKS_AT_A_TIME, SEED_BYTES:]
-            yield block * DEGREE, _coefficients(part.reshape(-1), len(part) * DEGREE)
+            yield block * DEGREE, _coefficients(part.reshape(-1), len(part) * DEGREE, cut)
         if self.slots % DEGREE:
-            last = data[whole * BLOCK_BYTES + SEED_BYTES :]
-            yield whole * DEGREE, _coefficients(last, self.slots % DEGREE)
+            last = data[whole * each + SEED_BYTES :]
+            yield whole * DEGREE, _coefficients(last, self.slots % DEGREE, cut)
+
+    def subtract(self, plain: NDArray[np.uint64]) -> None:
+        """Take `plain` (uint64[slots] below 2^plain_bits) off what the sum decrypts to.
+
+        Subtracts round(q * m / 2^p) from c0. With q = 2^54 - g that is
+        m * 2^(54-p) + floor((2^(p-1) - g * m) / 2^p), exact in 64 bits because g * m < 2^61.
+        """
+        if len(plain) != self.slots or int(plain.max()) >> self.parameters.plain_bits:
+            raise ValueError(f"take off {self.slots} slots below 2^{self.parameters.plain_bits}")
+        p, gap = self.parameters.plain_bits, (1 << MODULUS_BITS) - MODULUS
+        for start in range(0, self.slots, _CHUNK):
+            m = plain[start : start + _CHUNK]
+            low = (np.int64(1 << (p - 1)) - np.int64(gap) * m.astype(np.int64)) >> np.int64(p)
+            scaled = (m << np.uint64(MODULUS_BITS - p)) + low.view(np.uint64)
+            part = self._c0[start : start + _CHUNK]
+            part += np.uint64(MODULUS) - _reduce(scaled)
+            _reduce(part)
 
     def to_bytes(self) -> bytes:
-        """The sum on the wire: sum_bytes(slots, contributions) bytes."""
-        packed = pack(self._c0, MODULUS_BITS)
+        """The sum on the wire: `sum_bytes(slots, contributions)` bytes."""
+        packed = pack(_cut(self._c0, self.parameters.sum_cut), self.parameters.sum_bits)
         return packed.tobytes() + b"".join(seeds.tobytes() for seeds in self._seeds)

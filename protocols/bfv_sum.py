@@ -23,7 +23,7 @@ from protocols.bfv import Parameters, SecretKey, Sum, largest_plain_bits
 from protocols.bitpacking import pack, unpack
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import MalformedMessageError, ProtocolError, RefusedError, RoundAbortedError
-from protocols.identity import Roster, digest
+from protocols.identity import Identity, Roster, digest
 from protocols.keystream import Randomness, Seed
 from protocols.messages import (
     HE_SEED_BYTES,
@@ -40,10 +40,12 @@ from protocols.rounds import (
     Cohort,
     Expected,
     Outcome,
+    Part,
     Party,
     Requests,
     ServerSide,
     Slots,
+    Steps,
     public_weight,
     statement,
 )
@@ -121,15 +123,8 @@ def client_step2(
         me.roster.verify(item.sender, item.signature, said)
     if items[0].public != state.channel.public:
         raise RefusedError(f"the server relays another channel key for {me.name}")
-    seed = Seed.draw(randomness, HE_SEED_BYTES)
-    key, public = _key_id(begin, seed), state.channel.public
-    sealed = []
-    for item in items:
-        context = _sealing_context(begin, me.name, public, item.sender, item.public)
-        box = seal(seed, state.channel, (item.sender, item.public), context, randomness)
-        said = statement(begin.context, "share", me.name, public, item.sender.encode(), key, box)
-        sealed.append(SealedSeed(me.name, public, item.sender, key, box, me.key.sign(said)))
-    return state, SealedSeeds(tuple(sealed)).to_bytes()
+    peers = {item.sender: item.public for item in items}
+    return state, SealedSeeds(seal_seeds(me, begin, state.channel, peers, randomness)).to_bytes()
 
 
 def client_step3(
@@ -139,17 +134,7 @@ def client_step3(
     del randomness  # SEAL draws encryption errors from the operating system
     expected, begin = state.expected, state.begin
     me, sealed = expected.identity, SealedSeed.from_bytes(message)
-    if sealed.receiver != me.name:
-        raise RefusedError(f"this seed is sealed for {sealed.receiver}, not {me.name}")
-    if sealed.maker not in begin.cohort:
-        raise RefusedError(f"{sealed.maker} made the seed but is not in the cohort")
-    me.roster.verify(sealed.maker, sealed.signature, _shared(begin, sealed))
-    context = _sealing_context(begin, sealed.maker, sealed.public, me.name, state.channel.public)
-    seed = unseal(sealed.box, state.channel, (sealed.maker, sealed.public), context)
-    if _key_id(begin, seed) != sealed.key:
-        raise ProtocolError(f"{sealed.maker} sealed another seed than it named", [sealed.maker])
-    parameters = Parameters(expected.encoding.plain_bits, expected.encoding.cohort)
-    key = SecretKey(seed, parameters)
+    key = open_key(expected, begin, state.channel, sealed)
     payload = bytes(key.encrypt(slots))
     signature = me.key.sign(statement(begin.context, "upload", me.name, sealed.key, payload))
     reply = Upload(me.name, sealed.key, payload, signature)
@@ -166,14 +151,55 @@ def client_step4(state: Uploaded, message: bytes, randomness: Randomness) -> tup
     expected, begin = state.expected, state.begin
     request = SumToOpen.from_bytes(message)
     expected.check_contributors(begin, request.contributors)
+    return Opened(), open_sum(expected, begin, state.key, request)
+
+
+def seal_seeds(
+    me: Identity,
+    begin: Begin,
+    channel: ChannelKey,
+    peers: Mapping[str, bytes],
+    randomness: Randomness,
+) -> tuple[SealedSeed, ...]:
+    """A fresh HE seed, sealed and signed for each of `peers` (name -> channel key)."""
+    seed = Seed.draw(randomness, HE_SEED_BYTES)
+    key, public = _key_id(begin, seed), channel.public
+    sealed = []
+    for peer, theirs in peers.items():
+        context = _sealing_context(begin, me.name, public, peer, theirs)
+        box = seal(seed, channel, (peer, theirs), context, randomness)
+        said = statement(begin.context, "share", me.name, public, peer.encode(), key, box)
+        sealed.append(SealedSeed(me.name, public, peer, key, box, me.key.sign(said)))
+    return tuple(sealed)
+
+
+def open_key(
+    expected: Expected, begin: Begin, channel: ChannelKey, sealed: SealedSeed
+) -> SecretKey:
+    """The round's HE key from the seed that was sealed for this site."""
+    me = expected.identity
+    if sealed.receiver != me.name:
+        raise RefusedError(f"this seed is sealed for {sealed.receiver}, not {me.name}")
+    if sealed.maker not in begin.cohort:
+        raise RefusedError(f"{sealed.maker} made the seed but is not in the cohort")
+    me.roster.verify(sealed.maker, sealed.signature, _shared(begin, sealed))
+    context = _sealing_context(begin, sealed.maker, sealed.public, me.name, channel.public)
+    seed = unseal(sealed.box, channel, (sealed.maker, sealed.public), context)
+    if _key_id(begin, seed) != sealed.key:
+        raise ProtocolError(f"{sealed.maker} sealed another seed than it named", [sealed.maker])
+    return SecretKey(seed, Parameters(expected.encoding.plain_bits, expected.encoding.cohort))
+
+
+def open_sum(expected: Expected, begin: Begin, key: SecretKey, request: SumToOpen) -> bytes:
+    """The OpenedSum; RefusedError when its count slot does not count the contributors."""
     count = len(request.contributors)
-    opened = state.key.open(request.payload, expected.encoding.slots(expected.length), count)
+    opened = key.open(request.payload, expected.encoding.slots(expected.length), count)
     if int(opened[0]) != count:
         raise RefusedError(f"the sum counts {int(opened[0])} updates, not {count}")
     payload = pack(opened, expected.encoding.plain_bits).tobytes()
     me = expected.identity
     signature = me.key.sign(statement(begin.context, "open", me.name, payload))
-    return Opened(), OpenedSum(me.name, payload, signature).to_bytes()
+    return OpenedSum(me.name, payload, signature).to_bytes()
 
 
 def _shared(begin: Begin, sealed: SealedSeed) -> bytes:
@@ -208,13 +234,9 @@ def server(
     # share: the lowest site draws the HE seed and seals it for every other; if it cannot, the next
     def shared(site: str, data: bytes) -> dict[str, SealedSeed]:
         items = SealedSeeds.from_bytes(data).items
+        check_seeds(cohort, site, keys[site].public, items)
         if tuple(item.receiver for item in items) != tuple(keys):
             raise ProtocolError(f"{site} did not seal the seed for every site", [site])
-        for item in items:
-            said = (item.public, item.receiver.encode(), item.key, item.box)
-            cohort.verify("share", item.maker, site, item.signature, *said)
-        if items[0].public != keys[site].public:
-            raise ProtocolError(f"{site} sealed with another key than it advertised", [site])
         return {item.receiver: item for item in items}
 
     seeds: dict[str, SealedSeed] = {}
@@ -230,7 +252,7 @@ def server(
     key_id = next(iter(seeds.values())).key
 
     # upload: the encoded vectors, encrypted; a refused upload leaves the sum as it was
-    total = Sum(encoding.slots(length))
+    total = Sum(encoding.slots(length), Parameters(encoding.plain_bits, encoding.cohort))
 
     def added(site: str, data: bytes) -> None:
         upload = Upload.from_bytes(data)
@@ -244,24 +266,51 @@ def server(
     cohort.require(len(contributors), "uploads")
 
     # open: one key holder decrypts the sum; if it does not answer, the next one is asked
-    def opened(site: str, data: bytes) -> Aggregate:
+    message = SumToOpen(contributors, (), total.to_bytes()).to_bytes()
+    weight = public_weight(weights, contributors)
+    aggregate = yield from opening(
+        cohort, contributors, contributors, message, encoding, length, weight
+    )
+    return Outcome(aggregate, cohort.faults)
+
+
+def check_seeds(cohort: Cohort, site: str, public: bytes, items: tuple[SealedSeed, ...]) -> None:
+    """ProtocolError unless `site` itself sealed and signed all of `items` with `public`."""
+    for item in items:
+        said = (item.public, item.receiver.encode(), item.key, item.box)
+        cohort.verify("share", item.maker, site, item.signature, *said)
+    if items[0].public != public:
+        raise ProtocolError(f"{site} sealed with another key than it advertised", [site])
+
+
+def opening(
+    cohort: Cohort,
+    contributors: tuple[str, ...],
+    openers: tuple[str, ...],
+    message: bytes,
+    encoding: FixedPoint,
+    length: int,
+    weight: int | None,
+) -> Part[Aggregate]:
+    """Phase open: ask one of `openers` after the other until one opens the sum."""
+    slots = encoding.slots(length)
+
+    def parse(site: str, data: bytes) -> Aggregate:
         answer = OpenedSum.from_bytes(data)
         cohort.verify("open", answer.sender, site, answer.signature, answer.payload)
         try:
-            slots = unpack(
-                np.frombuffer(answer.payload, np.uint8), total.slots, encoding.plain_bits
-            )
+            packed = np.frombuffer(answer.payload, np.uint8)
+            opened = unpack(packed, slots, encoding.plain_bits)
         except ValueError as error:
             raise MalformedMessageError(f"opened sum: {error}", [site]) from None
-        return encoding.decode(slots, length, contributors, public_weight(weights, contributors))
+        return encoding.decode(opened, length, contributors, weight)
 
-    message = SumToOpen(contributors, total.to_bytes()).to_bytes()
-    for opener in contributors:
+    for opener in openers:
         requests = Requests("open", {opener: message})
-        answers = cohort.accept(requests, (yield requests), opened)
+        answers = cohort.accept(requests, (yield requests), parse)
         if opener in answers:
-            return Outcome(answers[opener], cohort.faults)
-    raise RoundAbortedError(f"round {begin.round}: no site opened the sum", cohort.faults)
+            return answers[opener]
+    raise RoundAbortedError(f"round {cohort.begin.round}: no site opened the sum", cohort.faults)
 
 
 def run(
@@ -281,7 +330,7 @@ def run(
     return party.play(STEPS, server, dropouts or {})
 
 
-STEPS = {
+STEPS: Steps = {
     "advertise": client_step1,
     "share": client_step2,
     "upload": client_step3,

@@ -224,7 +224,7 @@ class ReleasedShare(Message, frozen=True):
 
 
 class ReleasedShares(Message, frozen=True):
-    """C -> S: for every peer in U2 one share: `own` of those in U3, `mask` of those that are not."""
+    """C -> S: one share of every site in U2: `own` of those in U3, `mask` of the others."""
 
     sender: SiteName
     own: Annotated[tuple[ReleasedShare, ...], Meta(max_length=1 << 16)]
@@ -251,19 +251,20 @@ class Upload(Message, frozen=True):
     signature: Signature
 
 
-class SumToOpen(Message, frozen=True):
-    """S -> the opener: the encrypted sum of `contributors`' uploads."""
-
-    contributors: Annotated[tuple[SiteName, ...], Meta(min_length=2, max_length=1 << 16)]
-    payload: bytes
-
-    def __post_init__(self) -> None:
-        _in_order(self.contributors, "the contributors")
-
-
 class OpenedSum(Message, frozen=True):
     """The opener -> S: the decrypted sum, packed plain_bits to a slot."""
 
     sender: SiteName
     payload: bytes
     signature: Signature
+
+
+class SumToOpen(Message, frozen=True):
+    """S -> the opener: the encrypted sum of `contributors`' uploads, and who confirmed them."""
+
+    contributors: Annotated[tuple[SiteName, ...], Meta(min_length=2, max_length=1 << 16)]
+    confirmations: Annotated[tuple[Confirmation, ...], Meta(max_length=1 << 16)]
+    payload: bytes
+
+    def __post_init__(self) -> None:
+        _in_order(self.contributors, "the contributors")

@@ -40,7 +40,14 @@ class Outcome:
     faults: Mapping[str, str]
 
 
-ServerSide = Generator[Requests, Replies, Outcome]
+Part = Generator[Requests, Replies, T]
+"""Some phases of a server's round, to be delegated to with `yield from`."""
+
+Steps = Mapping[str, Callable[..., tuple[Any, bytes]]]
+"""A client's step for each phase: (state, message, [slots,] randomness) -> (state, reply)."""
+
+ServerSide = Part[Outcome]
+"""A server's whole round."""
 
 
 @final
@@ -197,7 +204,7 @@ class Party:
 
     def play(
         self,
-        steps: Mapping[str, Callable[..., tuple[Any, bytes]]],
+        steps: Steps,
         server: Callable[..., ServerSide],
         dropouts: Mapping[str, str],
     ) -> Aggregate:

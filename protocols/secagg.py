@@ -1,6 +1,6 @@
 """secagg: masks that cancel in the sum (Bonawitz et al. 2017, figure 4).
 
-1. advertise  C -> S  two fresh X25519 keys, channel and mask, and a commitment to the self-mask seed
+1. advertise  C -> S  two fresh X25519 keys, channel and mask; a commitment to a self-mask seed
 2. share      C -> S -> C  shares of that seed and of the mask secret, sealed for every other site
 3. upload     C -> S  the encoded vector plus pairwise and self masks, modulo 2^p; S adds
 4. confirm    C -> S  a signature under who is in the sum
@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, final
+from functools import partial
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,11 +58,12 @@ from protocols.rounds import (
     Cohort,
     Expected,
     Outcome,
+    Part,
     Party,
-    Replies,
     Requests,
     ServerSide,
     Slots,
+    Steps,
     public_weight,
     statement,
 )
@@ -71,10 +73,7 @@ from protocols.shamir import Share
 PHASES = ("advertise", "share", "upload", "confirm", "unmask")
 NO_KEY = bytes(32)
 
-T = TypeVar("T")
 Adverts = Mapping[str, MaskAdvertisement]
-Part = Generator[Requests, Replies, T]
-"""A phase of a server's round, to be delegated to with `yield from`."""
 
 
 def slot_bits(cohort: int) -> int:
@@ -205,7 +204,7 @@ def client_step4(
 def client_step5(
     state: Confirmed, message: bytes, randomness: Randomness
 ) -> tuple[Released, bytes]:
-    """Confirmations -> ReleasedShares: of each peer the seed's share or the secret's, never both."""
+    """Confirmations -> ReleasedShares: each peer's seed share or secret share, never both."""
     del randomness
     return Released(), unmask(state, message)
 
@@ -393,7 +392,7 @@ def outstanding(
     survivors: tuple[str, ...],
     confirmations: Confirmations,
 ) -> Part[list[masks.Term]]:
-    """Phase unmask: the masks that are still on the sum of `survivors`' uploads, with their signs."""
+    """Phase unmask: the masks still on the sum of `survivors`' uploads, with their signs."""
     begin = cohort.begin
 
     def parse(site: str, data: bytes) -> ReleasedShares:
@@ -420,22 +419,24 @@ def outstanding(
             for item in (said.own if site in survivors else said.mask)
             if item.owner == site
         }
+        advert = adverts[site]
         if site in survivors:
-            said = adverts[site].commitment
-            seed = _recover(
-                cohort,
-                site,
-                held,
-                lambda s, i=site, c=said: masks.commitment(s, i, begin.context) == c,
-            )
+            seed = _recover(cohort, site, held, partial(_is_seed, advert, begin))
             terms.append(masks.own(seed, site, context))
         else:
-            public = adverts[site].mask
-            seed = _recover(cohort, site, held, lambda s, p=public: MaskKey(s).public == p)
+            key = MaskKey(_recover(cohort, site, held, partial(_is_secret, advert)))
             for peer in survivors:
-                sign, stream = MaskKey(seed).pair(site, peer, adverts[peer].mask, context)
+                sign, stream = key.pair(site, peer, adverts[peer].mask, context)
                 terms.append((-sign, stream))
     return terms
+
+
+def _is_seed(advert: MaskAdvertisement, begin: Begin, seed: Seed) -> bool:
+    return masks.commitment(seed, advert.sender, begin.context) == advert.commitment
+
+
+def _is_secret(advert: MaskAdvertisement, seed: Seed) -> bool:
+    return MaskKey(seed).public == advert.mask
 
 
 def _recover(
@@ -531,7 +532,7 @@ def run(
     return party.play(STEPS, server, dropouts or {})
 
 
-STEPS = {
+STEPS: Steps = {
     "advertise": client_step1,
     "share": client_step2,
     "upload": client_step3,

@@ -1,4 +1,4 @@
-"""Shamir's secret sharing over a prime field (Shamir 1979): any t shares recover, t - 1 tell nothing.
+"""Secret sharing over a prime field (Shamir 1979): t shares recover, t - 1 tell nothing.
 
 Formal Guarantees: fewer than `threshold` shares of a secret are uniformly distributed, up to the
 2^-128 bias of reducing 384 random bits modulo a 257-bit prime.

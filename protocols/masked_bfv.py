@@ -1,0 +1,245 @@
+"""masked-bfv: masks that cancel in the sum, under BFV encryption. The default.
+
+1. advertise  C -> S  two fresh X25519 keys, channel and mask; a commitment to a self-mask seed
+2. share      C -> S -> C  sealed shares of that seed and of the mask secret; the lowest site in U1
+              seals this round's HE seed for every site too
+3. upload     C -> S  the encoded vector plus all masks, encrypted; S adds ciphertexts
+4. confirm    C -> S  a signature under who is in the sum
+5. unmask     C -> S  shares; S rebuilds the outstanding masks and takes them off without the HE key
+6. open       S -> one site -> S  the sum, decrypted once, after t signatures were checked
+
+Formal Guarantees: as secagg. A leaked HE key opens masked vectors and sums only; broken masks leave
+the encryption; and the server opens nothing by itself. The sum has no integrity against an active
+server: BFV is malleable, and the count slot catches faults, not attacks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocols import bfv_sum, masks, secagg
+from protocols.bfv import Parameters, SecretKey, Sum
+from protocols.encoding import Aggregate, FixedPoint
+from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
+from protocols.identity import Roster
+from protocols.keystream import Randomness
+from protocols.messages import (
+    Begin,
+    Confirmations,
+    RelayedSecrets,
+    SealedSeed,
+    SharedSecrets,
+    SumToOpen,
+    Upload,
+)
+from protocols.rounds import (
+    Cohort,
+    Outcome,
+    Party,
+    Requests,
+    ServerSide,
+    Slots,
+    Steps,
+    public_weight,
+    statement,
+)
+from protocols.secagg import Advertised, Shared
+
+PHASES = ("advertise", "share", "upload", "confirm", "unmask", "open")
+slot_bits = bfv_sum.slot_bits
+client_step1 = secagg.client_step1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A client that has uploaded and holds the round's HE key."""
+
+    masked: secagg.Uploaded
+    key: SecretKey
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A client that has signed one U3."""
+
+    masked: secagg.Confirmed
+    key: SecretKey
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A client that has released its shares and may be asked to open the sum of U3."""
+
+    masked: secagg.Confirmed
+    key: SecretKey
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A client that has opened the round's sum; it holds no key any more."""
+
+
+def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> tuple[Shared, bytes]:
+    """MaskAdvertisements -> SharedSecrets: shares for every peer; the maker adds the HE seed."""
+    shared, boxes = secagg.share(state, message, randomness)
+    seeds: tuple[SealedSeed, ...] = ()
+    me = state.expected.identity
+    if me.name == min(shared.adverts):
+        peers = {site: advert.channel for site, advert in shared.adverts.items()}
+        seeds = bfv_sum.seal_seeds(me, state.begin, state.channel, peers, randomness)
+    return shared, SharedSecrets(boxes, seeds).to_bytes()
+
+
+def client_step3(
+    state: Shared, message: bytes, slots: Slots, randomness: Randomness
+) -> tuple[Uploaded, bytes]:
+    """RelayedSecrets -> Upload: open the HE seed, mask the encoded vector, encrypt it."""
+    del randomness  # SEAL draws encryption errors from the operating system
+    relayed = RelayedSecrets.from_bytes(message)
+    if not relayed.seeds:
+        raise RefusedError("the server relays no HE seed")
+    [sealed] = relayed.seeds
+    expected, begin = state.secrets.expected, state.secrets.begin
+    maker = min(state.adverts)
+    if (sealed.maker, sealed.public) != (maker, state.adverts[maker].channel):
+        raise RefusedError(f"{maker} makes the seed of this round, not {sealed.maker}")
+    key = bfv_sum.open_key(expected, begin, state.secrets.channel, sealed)
+    uploaded, masked = secagg.mask(state, relayed, slots)
+    payload = bytes(key.encrypt(masked))
+    me = expected.identity
+    signature = me.key.sign(statement(begin.context, "upload", me.name, sealed.key, payload))
+    return Uploaded(uploaded, key), Upload(me.name, sealed.key, payload, signature).to_bytes()
+
+
+def client_step4(
+    state: Uploaded, message: bytes, randomness: Randomness
+) -> tuple[Confirmed, bytes]:
+    """Survivors -> Confirmation, as in secagg."""
+    confirmed, reply = secagg.client_step4(state.masked, message, randomness)
+    return Confirmed(confirmed, state.key), reply
+
+
+def client_step5(
+    state: Confirmed, message: bytes, randomness: Randomness
+) -> tuple[Released, bytes]:
+    """Confirmations -> ReleasedShares, as in secagg; the HE key is kept for the opening."""
+    del randomness
+    return Released(state.masked, state.key), secagg.unmask(state.masked, message)
+
+
+def client_step6(
+    state: Released | Confirmed, message: bytes, randomness: Randomness
+) -> tuple[Opened, bytes]:
+    """SumToOpen -> OpenedSum: after t sites confirmed this very U3, decrypt its sum, once."""
+    del randomness
+    secrets = state.masked.uploaded.shared.secrets
+    expected, begin = secrets.expected, secrets.begin
+    request = SumToOpen.from_bytes(message)
+    if request.contributors != state.masked.survivors:
+        raise RefusedError("the sum counts other sites than those this site confirmed")
+    confirmations = Confirmations(request.confirmations)
+    secagg.check_quorum(begin, expected.identity.roster, request.contributors, confirmations)
+    return Opened(), bfv_sum.open_sum(expected, begin, state.key, request)
+
+
+def server(
+    begin: Begin,
+    roster: Roster,
+    encoding: FixedPoint,
+    length: int,
+    weights: Mapping[str, int] | None = None,
+) -> ServerSide:
+    """The server's round. It adds, takes masks off, and holds no HE key.
+
+    Raises RoundAbortedError when too few are left in any phase, or the maker of the HE seed is gone
+    before the others hold it.
+    """
+    cohort = Cohort(begin, roster)
+    total = Sum(encoding.slots(length), Parameters(encoding.plain_bits, encoding.cohort))
+
+    # advertise, share: U1 and U2, and the HE seed that the lowest site in U1 made
+    adverts = yield from secagg.advertised(cohort)
+    maker = min(adverts)
+
+    def check(site: str, said: SharedSecrets) -> None:
+        if (site == maker) != bool(said.seeds):
+            raise ProtocolError(f"{maker} makes the HE seed of this round", [site])
+        if said.seeds:
+            if [item.receiver for item in said.seeds] != list(adverts):
+                raise ProtocolError(f"{site} did not seal the HE seed for every site", [site])
+            bfv_sum.check_seeds(cohort, site, adverts[site].channel, said.seeds)
+
+    secrets = yield from secagg.shared(cohort, adverts, check)
+    if maker not in secrets:
+        raise RoundAbortedError(
+            f"round {begin.round}: {maker} was to make the HE seed and is gone "
+            f"({cohort.faults[maker]})",
+            [maker],
+        )
+    key_id = secrets[maker].seeds[0].key
+
+    # upload: masked and encrypted vectors; a refused upload leaves the sum as it was
+    def added(site: str, data: bytes) -> None:
+        upload = Upload.from_bytes(data)
+        cohort.verify("upload", upload.sender, site, upload.signature, upload.key, upload.payload)
+        if upload.key != key_id:
+            raise ProtocolError(f"{site} encrypted under another key than this round's", [site])
+        total.add(upload.payload)
+
+    requests = Requests("upload", secagg.relayed(secrets))
+    survivors = tuple(cohort.accept(requests, (yield requests), added))
+    cohort.require(len(survivors), "uploads")
+
+    # confirm, unmask: what did not cancel is rebuilt and taken off, under the encryption
+    confirmations = yield from secagg.confirmed(cohort, survivors)
+    members = tuple(secrets)
+    terms = yield from secagg.outstanding(cohort, adverts, members, survivors, confirmations)
+    total.subtract(masks.total(terms, total.slots, encoding.plain_bits))
+
+    # open: one key holder decrypts the sum; if it does not answer, the next one is asked
+    message = SumToOpen(survivors, confirmations.items, total.to_bytes()).to_bytes()
+    weight = public_weight(weights, survivors)
+    signers = tuple(item.sender for item in confirmations.items)
+    aggregate = yield from bfv_sum.opening(
+        cohort, survivors, signers, message, encoding, length, weight
+    )
+    return Outcome(aggregate, cohort.faults)
+
+
+def run(
+    vectors: Mapping[str, NDArray[np.floating]],
+    encoding: FixedPoint,
+    weights: Mapping[str, int] | None = None,
+    dropouts: Mapping[str, str] | None = None,
+    randomness: Randomness = os.urandom,
+    tolerated: int = 0,
+) -> Aggregate:
+    """Every party of one round in one process. `dropouts` maps a site to the phase it vanishes in.
+
+    >>> encoding = FixedPoint(bits=8, clip=1.0, cohort=5, slot_bits=slot_bits(5))
+    >>> run({s: np.ones(2) for s in "abcde"}, encoding, dropouts={"b": "upload"}).contributors
+    ('a', 'c', 'd', 'e')
+    """
+    threshold = secagg.least_threshold(len(vectors), tolerated)
+    party = Party(vectors, encoding, weights, randomness, threshold, tolerated)
+    return party.play(STEPS, server, dropouts or {})
+
+
+STEPS: Steps = {
+    "advertise": client_step1,
+    "share": client_step2,
+    "upload": client_step3,
+    "confirm": client_step4,
+    "unmask": client_step5,
+    "open": client_step6,
+}
