@@ -39,6 +39,7 @@ class _Round:
     model: GlobalState
     protocol_state: Any
     randomness: Randomness
+    training: Randomness
     said: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
 
 
@@ -118,10 +119,13 @@ class Client:
             raise RefusedError(f"round {request.round} was charged before: take a new number")
         model = GlobalState.from_message(request.model, self._size)
         randomness: Randomness = os.urandom
-        if self._experiment.not_private_seed is not None:
-            randomness = agreement.reproducible_randomness(
-                self._experiment.not_private_seed, self.name, model.update
-            )
+        training: Randomness = os.urandom
+        seed = self._experiment.not_private_seed
+        if seed is not None:
+            # Training draws from a stream of its own: the same under every protocol.
+            here = (self.name, model.update)
+            randomness = agreement.reproducible_randomness(seed, "protocol", *here)
+            training = agreement.reproducible_randomness(seed, "training", *here)
         expected = Expected(
             identity=self._identity,
             session=self._session,
@@ -131,7 +135,7 @@ class Client:
             encoding=self._encoding,
             length=model.surviving,
         )
-        return _Round(request.round, model, expected, randomness)
+        return _Round(request.round, model, expected, randomness, training)
 
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
         """Train and encode when the protocol asks for the first slot, after it checked the rest."""
@@ -146,8 +150,8 @@ class Client:
                 )
             self._store.charge(current.number)
         model = current.model
-        update = self._trainer.update(model.weights, model.mask, current.randomness)
-        rounding = Keystream(Seed.draw(current.randomness), "rounding")
+        update = self._trainer.update(model.weights, model.mask, current.training)
+        rounding = Keystream(Seed.draw(current.training), "rounding")
         try:
             slots = self._encoding.encode(update[model.mask], self._weight, rounding)
         except ValueError:

@@ -271,7 +271,8 @@ class Experiment(Section):
 
     def digest(self) -> bytes:
         """SHA-256 of what sites must agree on before a round (32 bytes)."""
-        agreed = self.model_dump_json(exclude={"engine", "transcript", "name"})
+        alone = {"name": True, "device": True, "engine": True, "transcript": True}
+        agreed = self.model_dump_json(exclude={**alone, "data": {"path"}})
         return hashlib.sha256(b"securefl experiment 1\0" + agreed.encode()).digest()
 
 

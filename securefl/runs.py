@@ -89,6 +89,9 @@ def run(
     tests and attacks put an active server or a malicious site. Raises ConfigurationError for what
     cannot be run, before anything is written, and RunFailedError for a run that cannot go on.
     """
+    if experiment.data.path is not None:  # so that the run can be resumed from anywhere
+        data = experiment.data.model_copy(update={"path": experiment.data.path.absolute()})
+        experiment = experiment.model_copy(update={"data": data})
     job = _Job(experiment, progress or _Silent(), exchange, clients or {})
     folder = _new_folder(experiment.name) if directory is None else Path(directory)
     if (folder / EXPERIMENT).exists():
@@ -197,6 +200,11 @@ class _Job:
             if record.update < state.update
         ]
         records.append(RoundRecord.from_json(last))
+        if len(records) != state.update:
+            raise store.CorruptStoreError(
+                f"{folder / METRICS} lacks {state.update - len(records)} of {state.update} "
+                "finished rounds: restore the file from a copy"
+            )
         lines = "".join(record.to_json() + "\n" for record in records)
         store.write(folder / METRICS, lines.encode())
         return state, records

@@ -33,7 +33,9 @@ def in_upload(change: Callable[[Upload], Upload]) -> Callable[[str, bytes], byte
     def spoil(phase: str, reply: bytes) -> bytes:
         if phase != "upload":
             return reply
-        return Answer(change(Upload.from_bytes(Answer.from_bytes(reply).body)).to_bytes()).to_bytes()
+        return Answer(
+            change(Upload.from_bytes(Answer.from_bytes(reply).body)).to_bytes()
+        ).to_bytes()
 
     return spoil
 
@@ -454,9 +456,9 @@ def test_the_model_is_sent_in_the_first_phase_only(small, bench):
         with_model.setdefault(phase, set()).update(shown)
         return {site: made.clients[site].answer(data) for site, data in messages.items()}
 
-    Server(
-        made.experiment, made.roster, b"session of tests", exchange, lambda *_: None
-    ).round(1, made.state)
+    Server(made.experiment, made.roster, b"session of tests", exchange, lambda *_: None).round(
+        1, made.state
+    )
     assert with_model.pop("advertise") == {True}
     assert set(with_model) == {"share", "upload", "open"}
     assert all(shown == {False} for shown in with_model.values())

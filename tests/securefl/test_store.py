@@ -140,15 +140,15 @@ def test_a_server_never_begins_a_number_twice(tmp_path):
 def test_a_damaged_file_is_named_and_never_read_as_nothing_spent(tmp_path, content):
     (tmp_path / "site.json").write_bytes(content)
     (tmp_path / "server.json").write_bytes(content)
-    with pytest.raises(CorruptStoreError, match="site.json"):
+    with pytest.raises(CorruptStoreError, match=r"site\.json"):
         SiteStore(tmp_path)
-    with pytest.raises(CorruptStoreError, match="server.json"):
+    with pytest.raises(CorruptStoreError, match=r"server\.json"):
         ServerStore(tmp_path)
 
 
 def test_a_file_of_another_version_is_named(tmp_path):
     (tmp_path / "site.json").write_text('{"version":2,"charged":1,"last_round":1}')
-    with pytest.raises(CorruptStoreError, match="site.json"):
+    with pytest.raises(CorruptStoreError, match=r"site\.json"):
         SiteStore(tmp_path)
 
 

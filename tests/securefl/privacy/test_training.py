@@ -197,10 +197,10 @@ def test_no_two_updates_share_noise_or_sample():
 def test_all_randomness_comes_from_the_source_that_is_given(randomness):
     records, private = random_table(40, 5), plan(noise=1.0, rate=0.5)
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002 - to show that it changes nothing
+    np.random.seed(1)
     one = update(records, private, randomness("same"), local_steps=3)
     torch.manual_seed(2)
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     same = update(records, private, randomness("same"), local_steps=3)
     other = update(records, private, randomness("other"), local_steps=3)
     np.testing.assert_array_equal(one, same)
