@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, final
 
-from protocols import bfv_sum, plain
+from protocols import bfv_sum, masked_bfv, plain, secagg
 from protocols.errors import RefusedError
 from protocols.keystream import Randomness
-from protocols.rounds import Expected, ServerSide, Slots
+from protocols.rounds import Expected, ServerSide, Slots, Steps
 
 UPLOAD: Final = "upload"
 """The phase, in every protocol, in which a client trains and sends its vector."""
@@ -22,15 +22,21 @@ class Protocol:
     """One protocol: its phases in order, the server's generator, and a client's step a phase.
 
     Every step takes (state, message, randomness), except the one of phase "upload", which takes
-    (state, message, slots, randomness). `accepts` names the state type that a step continues from.
+    (state, message, slots, randomness). `accepts` names the states that a step continues from.
+    masked: whether sites put masks on their vectors, so that thresholds hold.
     """
 
     name: str
     phases: tuple[str, ...]
     slot_bits: Callable[[int], int]
     server: Callable[..., ServerSide]
-    steps: Mapping[str, Callable[..., tuple[Any, bytes]]]
-    accepts: Mapping[str, type]
+    steps: Steps
+    accepts: Mapping[str, type | tuple[type, ...]]
+    masked: bool = False
+
+    def __post_init__(self) -> None:
+        if not set(self.phases) == set(self.steps) == set(self.accepts):
+            raise ValueError(f"{self.name} does not have one step and its states for every phase")
 
     def step(
         self, phase: str, state: Any, message: bytes, slots: Slots | None, randomness: Randomness
@@ -43,34 +49,60 @@ class Protocol:
         return self.steps[phase](state, message, randomness)
 
 
-PROTOCOLS: Final[Mapping[str, Protocol]] = MappingProxyType(
-    {
-        "plain": Protocol(
-            "plain",
-            plain.PHASES,
-            plain.slot_bits,
-            plain.server,
-            {"upload": plain.client_step1},
-            {"upload": Expected},
-        ),
-        "bfv": Protocol(
-            "bfv",
-            bfv_sum.PHASES,
-            bfv_sum.slot_bits,
-            bfv_sum.server,
-            {
-                "advertise": bfv_sum.client_step1,
-                "share": bfv_sum.client_step2,
-                "upload": bfv_sum.client_step3,
-                "open": bfv_sum.client_step4,
-            },
-            {
-                "advertise": Expected,
-                "share": bfv_sum.Advertised,
-                "upload": bfv_sum.Advertised,
-                "open": bfv_sum.Uploaded,
-            },
-        ),
-    }
+_ALL: Final = (
+    Protocol(
+        "plain",
+        plain.PHASES,
+        plain.slot_bits,
+        plain.server,
+        plain.STEPS,
+        {"upload": Expected},
+    ),
+    Protocol(
+        "bfv",
+        bfv_sum.PHASES,
+        bfv_sum.slot_bits,
+        bfv_sum.server,
+        bfv_sum.STEPS,
+        {
+            "advertise": Expected,
+            "share": bfv_sum.Advertised,
+            "upload": bfv_sum.Advertised,
+            "open": bfv_sum.Uploaded,
+        },
+    ),
+    Protocol(
+        "secagg",
+        secagg.PHASES,
+        secagg.slot_bits,
+        secagg.server,
+        secagg.STEPS,
+        {
+            "advertise": Expected,
+            "share": secagg.Advertised,
+            "upload": secagg.Shared,
+            "confirm": secagg.Uploaded,
+            "unmask": secagg.Confirmed,
+        },
+        masked=True,
+    ),
+    Protocol(
+        "masked-bfv",
+        masked_bfv.PHASES,
+        masked_bfv.slot_bits,
+        masked_bfv.server,
+        masked_bfv.STEPS,
+        {
+            "advertise": Expected,
+            "share": secagg.Advertised,
+            "upload": secagg.Shared,
+            "confirm": masked_bfv.Uploaded,
+            "unmask": masked_bfv.Confirmed,
+            "open": (masked_bfv.Released, masked_bfv.Confirmed),
+        },
+        masked=True,
+    ),
 )
+
+PROTOCOLS: Final[Mapping[str, Protocol]] = MappingProxyType({item.name: item for item in _ALL})
 """Every protocol by its name."""

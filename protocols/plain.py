@@ -28,6 +28,7 @@ from protocols.rounds import (
     Requests,
     ServerSide,
     Slots,
+    Steps,
     public_weight,
     statement,
 )
@@ -115,4 +116,7 @@ def run(
     array([1., 1., 1.])
     """
     party = Party(vectors, encoding, weights, randomness)
-    return party.play({"upload": client_step1}, server, dropouts or {})
+    return party.play(STEPS, server, dropouts or {})
+
+
+STEPS: Steps = {"upload": client_step1}

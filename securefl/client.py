@@ -67,6 +67,7 @@ class Client:
         self._store = store
         self._protocol = PROTOCOLS[experiment.protocol.name]
         self._encoding = agreement.encoding(experiment, len(identity.roster))
+        self._thresholds = agreement.thresholds(experiment, len(identity.roster))
         self._weight = _weight(name, table, experiment)
         module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
         self._size = models.layout(module).size
@@ -131,9 +132,10 @@ class Client:
             session=self._session,
             round=request.round,
             binding=agreement.binding(self._experiment, model, self._encoding),
-            minimum=self._experiment.protocol.minimum_cohort,
+            minimum=self._thresholds.minimum,
             encoding=self._encoding,
             length=model.surviving,
+            tolerated=self._thresholds.tolerated,
         )
         return _Round(request.round, model, expected, randomness, training)
 

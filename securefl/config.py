@@ -163,12 +163,17 @@ class Privacy(Section):
 
 
 class Encryption(Section):
-    """The aggregation protocol and the integers it carries."""
+    """The aggregation protocol, the integers it carries, and whom it withstands.
 
-    name: Literal["plain", "bfv"] = "bfv"
+    `colluding_sites`: T, how many sites may collude with the server (secagg and masked-bfv).
+    `minimum_cohort`: m, the fewest updates in a sum; by default what the protocol needs.
+    """
+
+    name: Literal["plain", "bfv", "secagg", "masked-bfv"] = "masked-bfv"
     bits: Annotated[int, Field(ge=2, le=24)] = 16
     clip: Positive = 1.0
-    minimum_cohort: Annotated[int, Field(ge=2)] = 2
+    colluding_sites: Annotated[int, Field(ge=0)] = 1
+    minimum_cohort: Annotated[int, Field(ge=2)] | None = None
 
 
 class Pruning(Section):

@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_tensors
 from protocols.errors import RoundAbortedError
 from protocols.identity import Roster
 from protocols.rounds import make_identities
-from securefl import agreement, models, simulation, store
+from securefl import models, simulation, store
 from securefl.algorithms import server_rule
 from securefl.client import Client, resolve_device
 from securefl.config import ConfigurationError, Experiment
@@ -133,7 +133,6 @@ class _Job:
         self.wrap = wrap
         self.replaced = replaced
         self.consortium = simulation.assemble(experiment)
-        agreement.encoding(experiment, len(self.consortium.sites))  # refused before any file
         self.plan = simulation.plan(experiment)
         self.rule = server_rule(experiment.aggregation)
         test = self.consortium.test

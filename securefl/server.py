@@ -60,6 +60,7 @@ class Server:
         self._exchange = exchange
         self._entered = entered
         self._encoding = agreement.encoding(experiment, len(roster))
+        self._thresholds = agreement.thresholds(experiment, len(roster))
 
     def round(self, number: int, state: GlobalState) -> Round:
         """One round: its aggregate, who fell out and why, and what it moved.
@@ -71,7 +72,8 @@ class Server:
             session=self._session,
             round=number,
             cohort=tuple(self._roster),
-            minimum=self._experiment.protocol.minimum_cohort,
+            minimum=self._thresholds.minimum,
+            threshold=self._thresholds.threshold,
             binding=agreement.binding(self._experiment, state, self._encoding),
         )
         protocol = PROTOCOLS[self._experiment.protocol.name]

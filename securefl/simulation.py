@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import final
 
 from protocols.identity import Identity
-from securefl import data
+from securefl import agreement, data
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
@@ -31,12 +31,8 @@ def assemble(experiment: Experiment) -> Consortium:
     by = experiment.sites.column if experiment.sites.partition == "column" else None
     train, test = data.split(table, experiment.data.test_fraction, experiment.seed, by)
     sites = data.partition(train, experiment.sites, experiment.seed)
-    minimum = experiment.protocol.minimum_cohort
-    if len(sites) < minimum:
-        raise ConfigurationError(
-            f"{len(sites)} site{'s' if len(sites) > 1 else ''} cannot reach "
-            f"protocol.minimum_cohort = {minimum}: the sum of one site is that site's update"
-        )
+    agreement.thresholds(experiment, len(sites))
+    agreement.encoding(experiment, len(sites))
     for key, named in (
         ("aggregation.weights", experiment.aggregation.weights),
         ("transcript.consent", experiment.transcript.consent),

@@ -51,6 +51,24 @@ GUARANTEES: Mapping[str, Guarantee] = {
         fails="A site that colludes with the server: every site holds the same key, "
         "so together they can open any single update.",
     ),
+    "secagg": Guarantee(
+        layers="integer encoding, masks",
+        story="Each site hid its update under masks that cancel in the sum. The server added what "
+        "it could not read, and enough sites together took off the masks that were left.",
+        stops="A server, even an active one, with up to the tolerated number of colluding sites: "
+        "they learn the sum over the other sites, and nothing else of an update.",
+        fails="What the sum itself tells (differential privacy is for that); sums over different "
+        "sites in different rounds can be subtracted.",
+    ),
+    "masked-bfv": Guarantee(
+        layers="integer encoding, masks, BFV encryption",
+        story="Each site hid its update under masks that cancel in the sum, and encrypted the "
+        "result. The server added ciphertexts; enough sites together took off the masks that were "
+        "left; a site opened the sum, once a round. No single secret opens an update.",
+        stops="As secagg. A leaked encryption key opens sums only, broken masks leave the "
+        "encryption, and the server opens nothing by itself.",
+        fails="As secagg; and against an active server the sum has no integrity.",
+    ),
 }
 
 
