@@ -83,9 +83,12 @@ def server(
             raise ProtocolError(f"{site} sent a ciphertext to a protocol without a key", [site])
         try:
             packed = np.frombuffer(upload.payload, np.uint8)
-            return unpack(packed, slots, encoding.plain_bits)
+            vector = unpack(packed, slots, encoding.plain_bits)
         except ValueError as error:
             raise MalformedMessageError(f"upload: {error}", [site]) from None
+        if int(vector[0]) != 1:
+            raise ProtocolError(f"{site} counts as {int(vector[0])} contributions", [site])
+        return vector
 
     # upload: the encoded vectors, in clear
     requests = Requests("upload", dict.fromkeys(begin.cohort, begin.to_bytes()))

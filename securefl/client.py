@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.errors import ProtocolError, RefusedError
-from protocols.identity import Identity
+from protocols.identity import Identity, digest
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.rounds import Expected
 from securefl import agreement, models
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
-from securefl.messages import Answer, Refusal, Request
+from securefl.messages import Answer, Refusal, Request, printable
 from securefl.privacy.plan import RecordLocal
 from securefl.privacy.training import Trainer
 from securefl.state import GlobalState
@@ -38,7 +38,6 @@ class _Round:
     number: int
     model: GlobalState
     protocol_state: Any
-    randomness: Randomness
     training: Randomness
     said: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
 
@@ -75,6 +74,11 @@ class Client:
         device = resolve_device(experiment.device)
         self._trainer = Trainer(module, loss, table, experiment.training, plan, device)
         self._round: _Round | None = None
+        store.bind(digest("promise", experiment.digest(), repr(plan).encode()).hex())
+
+    def close(self) -> None:
+        """Let go of the site's durable state."""
+        self._store.close()
 
     @property
     def name(self) -> str:
@@ -90,9 +94,9 @@ class Client:
         try:
             return Answer(self._answer(Request.from_bytes(data), data)).to_bytes()
         except BudgetSpentError as error:
-            return Refusal("budget", str(error)).to_bytes()
+            return Refusal("budget", printable(str(error))).to_bytes()
         except ProtocolError as error:
-            return Refusal("request", str(error)[:1000]).to_bytes()
+            return Refusal("request", printable(str(error))).to_bytes()
 
     def _answer(self, request: Request, data: bytes) -> bytes:
         if request.session != self._session:
@@ -110,7 +114,7 @@ class Client:
             return reply
         slots = self._contribute(current) if request.phase == UPLOAD else None
         current.protocol_state, reply = self._protocol.step(
-            request.phase, current.protocol_state, request.body, slots, current.randomness
+            request.phase, current.protocol_state, request.body, slots, os.urandom
         )
         current.said[request.phase] = (asked, reply)
         return reply
@@ -119,14 +123,11 @@ class Client:
         if request.round <= self._store.last_round:
             raise RefusedError(f"round {request.round} was charged before: take a new number")
         model = GlobalState.from_message(request.model, self._size)
-        randomness: Randomness = os.urandom
         training: Randomness = os.urandom
-        seed = self._experiment.not_private_seed
-        if seed is not None:
-            # Training draws from a stream of its own: the same under every protocol.
-            here = (self.name, model.update)
-            randomness = agreement.reproducible_randomness(seed, "protocol", *here)
-            training = agreement.reproducible_randomness(seed, "training", *here)
+        if self._experiment.not_private_seed is not None:
+            training = agreement.reproducible_randomness(
+                self._experiment.not_private_seed, self.name, model.update
+            )
         expected = Expected(
             identity=self._identity,
             session=self._session,
@@ -137,7 +138,7 @@ class Client:
             length=model.surviving,
             tolerated=self._thresholds.tolerated,
         )
-        return _Round(request.round, model, expected, randomness, training)
+        return _Round(request.round, model, expected, training)
 
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
         """Train and encode when the protocol asks for the first slot, after it checked the rest."""

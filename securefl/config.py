@@ -19,9 +19,12 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Clip = Annotated[float, Field(ge=1e-6, le=1e6)]
 Unit = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Range = Annotated[tuple[float, float], Field(description="lowest and highest value, lowest first")]
+Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
+Rounds = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+Bound = Annotated[float, Field(ge=-1e30, le=1e30)]
+Range = Annotated[tuple[Bound, Bound], Field(description="lowest and highest value, lowest first")]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -111,12 +114,12 @@ class Model(Section):
 class Training(Section):
     """What a site does between two rounds."""
 
-    local_steps: Count = 1
+    local_steps: Rounds = 1
     batch_size: Count = 32
     optimiser: Literal["sgd", "adam"] | Callable_ = "sgd"
     learning_rate: Positive = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
 
 
 class Aggregation(Section):
@@ -155,11 +158,11 @@ class Privacy(Section):
     unit: Literal["record"] = "record"
     noise: Literal["local"] = "local"
     epsilon: Positive
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    clip: Positive = 1.0
+    delta: Annotated[float, Field(ge=1e-12, lt=1)]
+    clip: Clip = 1.0
     rate: Unit
     expected_batch: Count
-    spare_rounds: Annotated[int, Field(ge=0)] = 2
+    spare_rounds: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 2
 
 
 class Encryption(Section):
@@ -171,7 +174,7 @@ class Encryption(Section):
 
     name: Literal["plain", "bfv", "secagg", "masked-bfv"] = "masked-bfv"
     bits: Annotated[int, Field(ge=2, le=24)] = 16
-    clip: Positive = 1.0
+    clip: Clip = 1.0
     colluding_sites: Annotated[int, Field(ge=0)] = 1
     minimum_cohort: Annotated[int, Field(ge=2)] | None = None
 
@@ -224,7 +227,7 @@ class Experiment(Section):
 
     version: Literal[1] = 1
     name: Name = "experiment"
-    rounds: Count = 30
+    rounds: Rounds = 30
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     not_private_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"

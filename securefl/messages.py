@@ -31,7 +31,7 @@ class Refusal(Message, frozen=True):
     """C -> S: why a site does not answer. "budget" is final for the run; "request" is not."""
 
     kind: Literal["budget", "request"]
-    reason: Annotated[str, Meta(max_length=1000)]
+    reason: Annotated[str, Meta(max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 
 
 class ModelMessage(Message, frozen=True):
@@ -44,6 +44,11 @@ class ModelMessage(Message, frozen=True):
     size: Annotated[int, Meta(ge=1, le=2**40)]
     mask: bytes
     weights: bytes
+
+
+def printable(text: str) -> str:
+    """`text` as a reason may hold it: one line, no terminal escapes, not too long."""
+    return "".join(c if c.isprintable() else " " for c in text)[:1000]
 
 
 def parse_reply(data: bytes) -> Answer | Refusal:

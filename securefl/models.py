@@ -137,12 +137,41 @@ def _check_trial(module: nn.Module, name: str, shape: tuple[int, ...], outputs: 
         raise ConfigurationError(
             f"model.name = {name!r} gives {shown} for a batch of two: give [2, {outputs}]"
         )
+    _check_trial_by_itself(module, name, shape)
     for path, buffer in module.named_buffers():
         if path not in before or not torch.equal(buffer, before[path]):
             raise ConfigurationError(
                 f"model.name = {name!r}: training changes buffer {path!r}, which would keep "
                 "statistics of the records: use a layer without one, such as torch.nn.GroupNorm"
             )
+
+
+def _check_trial_by_itself(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a network in which one sample changes what another gives, or a parameter is unused.
+
+    A trial on public random samples, so it can find such a network out but not prove one good.
+    """
+    device = next(module.parameters()).device
+    was_training = module.training
+    module.eval()  # dropout draws anew for every batch
+    with torch.no_grad():
+        for spread in (0.1, 1.0, 10.0):
+            batch = spread * (2 * torch.rand(8, *shape, device=device) - 1)
+            together = module(batch)
+            alone = torch.cat([module(sample[None]) for sample in batch])
+            if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * spread, equal_nan=True):
+                raise ConfigurationError(
+                    f"model.name = {name!r}: what a sample gives depends on the others in its "
+                    "batch, so clipping cannot bound one record: treat each sample by itself"
+                )
+    module.train(was_training)
+    module(torch.rand(2, *shape, device=device)).sum().backward()
+    for path, parameter in module.named_parameters():
+        if parameter.grad is None:
+            raise ConfigurationError(
+                f"model.name = {name!r}: parameter {path!r} takes no part in the output: remove it"
+            )
+        parameter.grad = None
 
 
 def loss(model: Model, task: str) -> Loss:
@@ -168,13 +197,13 @@ def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _checked(given: Callable[..., Any], reference: str) -> Loss:
+    # What is said here holds no figure of a site's batch: its size is secret under a plan.
     def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
         losses = given(outputs, targets)
         if not isinstance(losses, Tensor) or losses.shape != (len(targets),):
-            shown = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ConfigurationError(
-                f"model.loss = {reference!r} gives {shown} for a batch of {len(targets)}: give "
-                'one loss a sample (reduction="none")'
+                f"model.loss = {reference!r} does not give one loss a sample: give a tensor of "
+                'shape [batch] (reduction="none")'
             )
         return losses
 

@@ -58,6 +58,15 @@ class _Silent:
     def finished(self, record: RoundRecord) -> None: ...
 
 
+class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a checkpoint says beside the state: whose it is, and what had been charged by then."""
+
+    line: str
+    agreed: str
+    charged: dict[str, int]
+    replaced: tuple[str, ...]
+
+
 class RunFailedError(RuntimeError):
     """A run that cannot go on; what it finished is on disk and can be resumed."""
 
@@ -94,9 +103,9 @@ def run(
         experiment = experiment.model_copy(update={"data": data})
     job = _Job(experiment, progress or _Silent(), exchange, clients or {})
     folder = _new_folder(experiment.name) if directory is None else Path(directory)
-    if (folder / EXPERIMENT).exists():
-        raise ConfigurationError(f"{folder} holds a run already: resume it, or name another folder")
     with store.exclusive(folder):
+        if (folder / EXPERIMENT).exists():
+            raise ConfigurationError(f"{folder} holds a run already: resume it, or name another")
         store.write(folder / EXPERIMENT, experiment.dump().encode())
         if directory is None:
             _point_latest_at(folder)
@@ -132,6 +141,7 @@ class _Job:
         self.progress = progress
         self.wrap = wrap
         self.replaced = replaced
+        self.tampered = tuple(sorted(replaced))
         self.consortium = simulation.assemble(experiment)
         self.plan = simulation.plan(experiment)
         self.rule = server_rule(experiment.aggregation)
@@ -156,7 +166,8 @@ class _Job:
             server = Server(self.experiment, roster, session, exchange, self.progress.phase)
             stopped = self._why_stop(state)
             while stopped is None:
-                result = self._round(server, server_store, state)
+                last = records[-1].round if records else 0
+                result = self._round(server, server_store, last, state)
                 if result is None:
                     stopped = "privacy budget spent"
                 else:
@@ -188,17 +199,25 @@ class _Job:
         )
         checkpoints = sorted((folder / "checkpoints").glob("update-*.safetensors"))
         if not checkpoints:
+            if store.whole_lines(folder / METRICS):
+                raise store.CorruptStoreError(
+                    f"{folder / 'checkpoints'} is empty, but rounds were finished: restore it from "
+                    "a copy, or start a new run"
+                )
             return start, []
-        state, last = GlobalState.from_checkpoint(checkpoints[-1])
-        if len(state.weights) != len(weights):
-            raise store.CorruptStoreError(f"{checkpoints[-1]} holds another model")
+        state, told = GlobalState.from_checkpoint(checkpoints[-1])
+        try:
+            saved = msgspec.json.decode(told, type=_Saved)
+        except msgspec.MsgspecError as error:
+            raise store.CorruptStoreError(f"{checkpoints[-1]} is damaged: {error}") from None
+        self._check_continues(folder, saved)
         # The checkpoint is what counts: lines after it are dropped, its own is added if missing.
         records = [
             record
             for record in (RoundRecord.from_json(x) for x in store.whole_lines(folder / METRICS))
             if record.update < state.update
         ]
-        records.append(RoundRecord.from_json(last))
+        records.append(RoundRecord.from_json(saved.line))
         if len(records) != state.update:
             raise store.CorruptStoreError(
                 f"{folder / METRICS} lacks {state.update - len(records)} of {state.update} "
@@ -207,6 +226,21 @@ class _Job:
         lines = "".join(record.to_json() + "\n" for record in records)
         store.write(folder / METRICS, lines.encode())
         return state, records
+
+    def _check_continues(self, folder: Path, saved: _Saved) -> None:
+        """Refuse to go on where the outputs would claim what was not so in the rounds before."""
+        if saved.agreed != self.experiment.digest().hex():
+            raise ConfigurationError(
+                f"{folder / EXPERIMENT} was changed after the run began: put it back as it was, or "
+                "start a new run"
+            )
+        for site, charged in saved.charged.items():
+            if SiteStore(folder / "sites" / site).charged < charged:
+                raise store.CorruptStoreError(
+                    f"{folder / 'sites' / site} was charged for {charged} rounds and no longer "
+                    "says so: restore it from a copy"
+                )
+        self.tampered = tuple(sorted({*self.tampered, *saved.replaced}))
 
     @contextlib.contextmanager
     def _engine(self, folder: Path, session: bytes) -> Iterator[tuple[Roster, Exchange]]:
@@ -234,7 +268,11 @@ class _Job:
             for name, client in honest.items()
         }
         roster = identities[names[0]].roster
-        yield roster, wrapped(lambda phase, messages: inprocess.exchange(answering, messages))
+        try:
+            yield roster, wrapped(lambda phase, messages: inprocess.exchange(answering, messages))
+        finally:
+            for client in honest.values():
+                client.close()
 
     def _why_stop(self, state: GlobalState) -> str | None:
         if state.update >= self.experiment.rounds:
@@ -244,11 +282,13 @@ class _Job:
             return "converged"
         return None
 
-    def _round(self, server: Server, numbers: ServerStore, state: GlobalState) -> Round | None:
+    def _round(
+        self, server: Server, numbers: ServerStore, last: int, state: GlobalState
+    ) -> Round | None:
         """The next round that succeeds; None when the sites' budgets are spent."""
         for attempt in range(MOST_ABORTS):
             try:
-                return server.round(numbers.begin(), state)
+                return server.round(numbers.begin(after=last), state)
             except BudgetsSpentError:
                 return None
             except WorkerFailedError as error:
@@ -280,8 +320,9 @@ class _Job:
             epsilon=self._spent(folder),
             bytes_up=dict(traffic.bytes_up),
             bytes_down=dict(traffic.bytes_down),
-            upload_bytes=traffic.upload_bytes,
-            seconds=dict(traffic.seconds),
+            upload_bytes={site: traffic.upload_bytes[site] for site in survivors},
+            # Milliseconds: finer times would tell of the secret batch that was trained on.
+            seconds={phase: round(seconds, 3) for phase, seconds in traffic.seconds.items()},
             parameters=before.surviving,
             sparsity=after.sparsity,
             survivors=survivors,
@@ -289,23 +330,26 @@ class _Job:
             aborted=tuple(range(past + 1, result.number)),
         )
 
-    def _spent(self, folder: Path) -> dict[str, float]:
-        """What each site has spent, from its own durable count."""
+    def _charged(self, folder: Path) -> dict[str, int]:
+        """How many rounds each site was charged for, from its own durable count."""
         if self.plan is None:
             return {}
-        return {
-            site: self.plan.spent(SiteStore(folder / "sites" / site).charged)
-            for site in self.consortium.sites
-        }
+        sites = self.consortium.sites
+        return {site: SiteStore(folder / "sites" / site).charged for site in sites}
 
-    @staticmethod
-    def _save(folder: Path, state: GlobalState, record: RoundRecord) -> None:
+    def _spent(self, folder: Path) -> dict[str, float]:
+        """Epsilon that each site has spent."""
+        if self.plan is None:
+            return {}
+        return {site: self.plan.spent(count) for site, count in self._charged(folder).items()}
+
+    def _save(self, folder: Path, state: GlobalState, record: RoundRecord) -> None:
         """Make a round durable: first the checkpoint, which is what a resumed run starts from."""
-        checkpoints = folder / "checkpoints"
-        line = record.to_json()
-        store.write(
-            checkpoints / f"update-{state.update:06d}.safetensors", state.to_checkpoint(line)
-        )
+        checkpoints, line = folder / "checkpoints", record.to_json()
+        agreed, charged = self.experiment.digest().hex(), self._charged(folder)
+        saved = msgspec.json.encode(_Saved(line, agreed, charged, self.tampered)).decode()
+        path = checkpoints / f"update-{state.update:06d}.safetensors"
+        store.write(path, state.to_checkpoint(saved))
         store.append_line(folder / METRICS, line)
         for old in sorted(checkpoints.glob("update-*.safetensors"))[:-2]:
             old.unlink()
@@ -349,7 +393,7 @@ class _Job:
             ),
             "update": state.update,
             "sparsity": state.sparsity,
-            "private": self.experiment.private,
+            "private": self._why_not_private() is None,
         }
         store.write(folder / "model.safetensors", save_tensors(tensors))
         store.write(folder / "model.json", json.dumps(about, indent=2).encode() + b"\n")
@@ -369,11 +413,7 @@ class _Job:
         for record in records:
             seconds.update(record.seconds)
         plan, experiment = self.plan, self.experiment
-        why_not = None
-        if plan is None:
-            why_not = "no privacy plan: the experiment has no [privacy] section"
-        elif experiment.not_private_seed is not None:
-            why_not = "not_private_seed makes sampling and noise predictable; it is for tests"
+        why_not = self._why_not_private()
         return Summary(
             name=experiment.name,
             protocol=experiment.protocol.name,
@@ -400,6 +440,17 @@ class _Job:
             version=importlib.metadata.version("securefl"),
         )
 
+    def _why_not_private(self) -> str | None:
+        """Why nothing is promised; None when the plan held at every site."""
+        reasons = []
+        if self.plan is None:
+            reasons.append("no privacy plan: the experiment has no [privacy] section")
+        if self.experiment.not_private_seed is not None:
+            reasons.append("not_private_seed makes sampling and noise predictable; it is for tests")
+        if self.tampered:
+            reasons.append(f"run(clients=...) replaced {', '.join(self.tampered)}")
+        return "; ".join(reasons) or None
+
     def _outside_guarantee(self) -> tuple[str, ...]:
         """What was read from records outside the plan, in sentences for the report."""
         data, test = self.experiment.data, self.consortium.test
@@ -414,6 +465,21 @@ class _Job:
         )
         if data.source == "table" and test.task == "classification" and data.classes is None:
             sentences.append("The names of the classes were read from the records.")
+        experiment = self.experiment
+        foreign = [
+            f"{key} = {value!r}"
+            for key, value in (
+                ("model.name", experiment.model.name),
+                ("model.loss", experiment.model.loss),
+                ("training.optimiser", experiment.training.optimiser),
+            )
+            if ":" in value
+        ]
+        if foreign:
+            sentences.append(
+                f"The guarantee rests on {' and '.join(foreign)} treating every record by itself "
+                "and keeping none; a trial found nothing against it, which is no proof."
+            )
         return tuple(sentences)
 
 

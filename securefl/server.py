@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.encoding import Aggregate
-from protocols.errors import MalformedMessageError, RoundAbortedError
+from protocols.errors import MalformedMessageError, ProtocolError, RoundAbortedError
 from protocols.identity import Roster
 from protocols.messages import Begin
 from securefl import agreement
 from securefl.config import Experiment
 from securefl.engines import Exchange
-from securefl.messages import Answer, Refusal, Request, parse_reply
+from securefl.messages import Answer, Refusal, Request, parse_reply, printable
 from securefl.state import GlobalState
 
 
@@ -102,7 +102,7 @@ class Server:
             faults = {**done.value.faults}
             faults |= {s: f"refused: {r.reason}" for s, r in refusals.items() if s in faults}
             return Round(number, done.value.aggregate, faults, traffic)
-        except RoundAbortedError as error:
+        except ProtocolError as error:
             spent = [site for site, r in refusals.items() if r.kind == "budget"]
             reasons = "; ".join(f"{s}: {r.reason}" for s, r in sorted(refusals.items()))
             message = f"{error}" + (f" [{reasons}]" if reasons else "")
@@ -135,5 +135,5 @@ class Server:
             try:
                 replies[site] = parse_reply(data)
             except MalformedMessageError as error:
-                replies[site] = Refusal("request", str(error)[:1000])
+                replies[site] = Refusal("request", printable(str(error)))
         return replies

@@ -121,7 +121,7 @@ class GlobalState:
             }
             mask = tensors["mask"].astype(np.bool_)
             state = cls(about["update"], tensors["weights"], mask, moments, about["quiet"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CorruptStoreError(f"{path} is not a checkpoint: {error}") from None
         return state, header["__metadata__"]["record"]
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import IO, Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from securefl.config import ConfigurationError
+
+LOCK_SECONDS = 10.0
+"""How long `SiteStore.bind` waits for a process that is ending."""
 
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 
@@ -61,27 +65,65 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; ConfigurationError when another one does."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(
-                f"{folder} is in use by another process: wait for it"
-            ) from None
+        if not _locked(lock):
+            raise ConfigurationError(f"{folder} is in use by another process: wait for it")
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _SiteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1]
     charged: Annotated[int, Meta(ge=0)]
     last_round: Annotated[int, Meta(ge=0)]
+    promise: str = ""
 
 
 class SiteStore:
-    """What a site must never forget: the rounds it was charged for and the last one it entered."""
+    """What a site must never forget: the rounds it was charged for and the last one it entered.
+
+    Reading needs no more than the folder. Who charges binds the store first.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "site.json"
         self._record = _read(self._path, _SiteRecord, _SiteRecord(1, 0, 0))
+        self._lock: IO[str] | None = None
+
+    def bind(self, promise: str) -> None:
+        """Hold the store for this process, under one promise (experiment and plan) for ever.
+
+        Waits some seconds for a process that is ending, such as a worker whose engine was killed.
+        Raises ConfigurationError when another process keeps it, or rounds were charged under
+        another promise: their cost would be told wrongly.
+        """
+        folder = self._path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / ".lock").open("w")
+        end = time.monotonic() + LOCK_SECONDS
+        while not _locked(self._lock):
+            if time.monotonic() > end:
+                raise ConfigurationError(f"{folder} is in use by another process: wait for it")
+            time.sleep(0.05)
+        self._record = _read(self._path, _SiteRecord, _SiteRecord(1, 0, 0))
+        if self.charged and self._record.promise != promise:
+            raise ConfigurationError(
+                f"{self._path}: {self.charged} rounds were charged under another experiment or "
+                "plan: put experiment.toml back as it was, or start a new run"
+            )
+        self._record = msgspec.structs.replace(self._record, promise=promise)
+
+    def close(self) -> None:
+        """Let another process bind the store."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @property
     def charged(self) -> int:
@@ -97,7 +139,7 @@ class SiteStore:
         """Charge one round, durably, before anything that depends on it is computed."""
         if round_number <= self.last_round:
             raise ValueError(f"round {round_number} does not follow round {self.last_round}")
-        self._record = _SiteRecord(1, self.charged + 1, round_number)
+        self._record = _SiteRecord(1, self.charged + 1, round_number, self._record.promise)
         write(self._path, msgspec.json.encode(self._record))
 
 
@@ -118,9 +160,9 @@ class ServerStore:
         """The highest round number that was begun; numbers only grow."""
         return self._record.last_round
 
-    def begin(self) -> int:
-        """The next round number, durable before it is used."""
-        self._record = _ServerRecord(1, self.last_round + 1)
+    def begin(self, after: int = 0) -> int:
+        """The next round number, above `after` too, durable before it is used."""
+        self._record = _ServerRecord(1, max(self.last_round, after) + 1)
         write(self._path, msgspec.json.encode(self._record))
         return self.last_round
 

@@ -1,7 +1,8 @@
 """What crossed each wire, recorded only for the sites that consented.
 
 transcript/index.jsonl has a line a message, in order; the bytes lie beside it, one file a message.
-They are exactly what an adversary on the server's side saw: ciphertexts and signatures, no secrets.
+They are exactly what an adversary on the server's side saw: no secret of a site, but the opened
+sums, under plain the updates themselves, and what other sites sealed for a consenting one.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import signal
 import struct
 import subprocess
 import sys
@@ -112,7 +113,8 @@ class Workers:
         threads = max(1, (os.cpu_count() or 1) // count)
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "securefl.engines.workers"],
+                # -P: what lies in the working directory is not imported.
+                [sys.executable, "-P", "-m", "securefl.engines.workers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=Path.cwd(),
@@ -257,6 +259,7 @@ def _serve(receive: IO[bytes], send: IO[bytes]) -> None:
 
 def main() -> None:
     """Entry point of a worker process. Only frames go to standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's; it ends its workers
     send = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:

@@ -36,7 +36,9 @@ def test_no_tracked_file_names_a_path_of_one_machine() -> None:
 
 
 def test_nothing_unpickles_evaluates_or_runs_a_shell() -> None:
-    pattern = re.compile(r"\bpickle\b|(?<![\w.])(?:eval|exec)\(|shell=True|os\.system|torch\.load\(")
+    pattern = re.compile(
+        r"\bpickle\b|(?<![\w.])(?:eval|exec)\(|shell=True|os\.system|torch\.load\("
+    )
     for package in ("protocols", "securefl", "attacks"):
         for path in (ROOT / package).rglob("*.py"):
             for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -106,6 +106,7 @@ def test_old_round_numbers_are_refused(small, bench, protocol):
 def test_round_numbers_that_were_charged_are_refused_after_a_restart(small, bench, private):
     made = bench(small(*private))
     assert isinstance(made.ask("site-1", made.first(5)), Answer)
+    made.clients["site-1"].close()
     made.clients["site-1"] = made.client("site-1")
     for old in (4, 5):
         refused(made.ask("site-1", made.first(old)), "charged before")
@@ -259,6 +260,7 @@ def test_a_round_beyond_the_budget_is_a_refusal_for_good(small, bench, private):
         assert isinstance(reply, Refusal)
         assert reply.kind == "budget"
         assert "above the promised 5" in reply.reason
+    made.clients["site-1"].close()
     made.clients["site-1"] = made.client("site-1")
     reply = made.ask("site-1", made.first(6))
     assert isinstance(reply, Refusal)
