@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from protocols.bfv import Parameters, SecretKey, Sum, ciphertext_bytes, largest_plain_bits
+from protocols.bfv import Parameters, SecretKey, Sum, largest_plain_bits
 from protocols.encoding import FixedPoint
 from protocols.keystream import Keystream, Seed
 from protocols.messages import Upload
@@ -50,7 +50,7 @@ def site(count: int) -> Upload:
 def server(upload: bytes, count: int) -> Sum:
     """Parse and add one upload, as the server does."""
     encoding = FixedPoint(16, 1.0, SITES, largest_plain_bits(SITES))
-    total = Sum(encoding.slots(count))
+    total = Sum(encoding.slots(count), Parameters(encoding.plain_bits, SITES))
     total.add(Upload.from_bytes(upload).payload)
     return total
 
@@ -58,7 +58,8 @@ def server(upload: bytes, count: int) -> Sum:
 def measure(side: str) -> dict[str, float]:
     """The peak of one side, in bytes, beside the promised bound."""
     encoding = FixedPoint(16, 1.0, SITES, largest_plain_bits(SITES))
-    upload_bytes = ciphertext_bytes(encoding.slots(PARAMETERS))
+    parameters = Parameters(encoding.plain_bits, SITES)
+    upload_bytes = parameters.upload_bytes(encoding.slots(PARAMETERS))
     server(site(5000).to_bytes(), 5000)  # what libraries allocate once is not the upload's
     if side == "site":
         before = start_peak()
@@ -70,9 +71,9 @@ def measure(side: str) -> dict[str, float]:
         times = upload_bytes // len(small) + 1
         payload = (small * times)[:upload_bytes]
         rest = encoding.slots(PARAMETERS) % 2048
-        if rest and (54 * rest) % 8:
+        if spare := parameters.upload_bits * rest % 8:
             last = bytearray(payload)
-            last[-1] &= (1 << (54 * rest) % 8) - 1
+            last[-1] &= (1 << spare) - 1
             payload = bytes(last)
         wire = Upload("site-1", bytes(32), payload, bytes(64)).to_bytes()
         del small, payload

@@ -1,10 +1,11 @@
-"""Measure securefl beside TenSEAL's ckks_vector in one process, and write the results.
+"""Measure securefl beside TenSEAL's ckks_vector and Flower's SecAgg+, and write the results.
 
     python benchmarks/run.py
 
 Writes results.json (one row a figure), results.md and results.svg beside this file. Times are
 medians over repetitions in which the two sides take turns, so that their ratio holds on a machine
-whose speed drifts; the spread is from the fastest to the slowest repetition.
+whose speed drifts; the spread is from the fastest to the slowest repetition. TenSEAL runs in the
+same process, Flower in one of its own (peers.py).
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import tenseal
 from matplotlib.figure import Figure
 
-from protocols import bfv_sum
+from protocols import bfv_sum, masks, secagg
 from protocols.bfv import Parameters, SecretKey, Sum, largest_plain_bits
+from protocols.catalogue import PROTOCOLS
 from protocols.encoding import FixedPoint
 from protocols.keystream import Keystream, Seed
 from protocols.messages import Upload
+from protocols.rounds import Party, Replies, ServerSide
 
 HERE = Path(__file__).parent
 PARAMETERS = 1_000_000
@@ -50,6 +55,7 @@ class Row:
     floor: str | None = None
     peer: float | None = None
     ratio: float | None = None
+    beside: str = "TenSEAL"
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -59,18 +65,23 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def against(name: str, floor: str, ours: list[float], theirs: list[float]) -> Row:
-    """A row of our time beside theirs; the ratio is the median of pairwise ratios."""
+def against(
+    name: str, floor: str | None, ours: list[float], theirs: list[float], beside: str = "TenSEAL"
+) -> Row:
+    """A row of our time beside theirs, if there is any; the median of pairwise ratios."""
+    middle, ends = statistics.median(ours), (min(ours), max(ours))
+    if not theirs:
+        return Row(name, middle, "s", ends, floor, None, None, beside)
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    ends = (min(ours), max(ours))
-    return Row(name, statistics.median(ours), "s", ends, floor, statistics.median(theirs), ratio)
+    return Row(name, middle, "s", ends, floor, statistics.median(theirs), ratio, beside)
 
 
 def encryption() -> Iterator[Row]:
     """One million parameters at 16 sites and 16 bits, beside ckks_vector 8192 [60, 40, 40]."""
     vector = np.random.default_rng(0).normal(size=PARAMETERS) * 0.1
     encoding = FixedPoint(16, 1.0, SITES, largest_plain_bits(SITES))
-    key = SecretKey(Seed(bytes(64)), Parameters(encoding.plain_bits, SITES))
+    parameters = Parameters(encoding.plain_bits, SITES)
+    key = SecretKey(Seed(bytes(64)), parameters)
     context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 40, 40])
     context.global_scale = 2**40
 
@@ -89,7 +100,7 @@ def encryption() -> Iterator[Row]:
         parsed = [tenseal.ckks_vector_from(context, data) for data in upload]
         return [a + b for a, b in zip(total, parsed, strict=True)]
 
-    total = Sum(encoding.slots(PARAMETERS))
+    total = Sum(encoding.slots(PARAMETERS), parameters)
     our_sum(total, our_upload())
     their_total = [tenseal.ckks_vector_from(context, data) for data in their_upload()]
     ours: dict[str, list[float]] = {"up": [], "add": [], "open": []}
@@ -99,10 +110,11 @@ def encryption() -> Iterator[Row]:
         ours["up"].append(seconds)
         seconds, their = timed(their_upload)
         theirs["up"].append(seconds)
-        ours["add"].append(timed(lambda upload=upload: our_sum(total, upload))[0])
+        total = Sum(encoding.slots(PARAMETERS), parameters)  # a sum holds no more than its cohort
+        ours["add"].append(timed(lambda t=total, u=upload: our_sum(t, u))[0])
         seconds, their_total = timed(lambda t=their_total, u=their: their_sum(t, u))
         theirs["add"].append(seconds)
-    sums = Sum(encoding.slots(PARAMETERS))
+    sums = Sum(encoding.slots(PARAMETERS), parameters)
     for _ in range(SITES):
         our_sum(sums, our_upload())
     wire = sums.to_bytes()
@@ -158,6 +170,171 @@ def rounds() -> Iterator[Row]:
         yield Row(name, statistics.median(times), "s", (min(times), max(times)))
 
 
+MANY = 200
+MASKED_ROUNDS = (  # sites, vanished before they upload, parameters, repetitions
+    (5, 0, PARAMETERS, 5),
+    (5, 1, PARAMETERS, 5),
+    (20, 0, PARAMETERS, 3),
+    (20, 2, PARAMETERS, 3),
+    # Flower's shares alone take four minutes here, whatever the vector.
+    (100, 0, 100_000, 1),
+    (100, 10, 100_000, 1),
+)
+
+
+@dataclass
+class Played:
+    """What one round of ours took: seconds by phase of a site's step, and of the server."""
+
+    steps: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    server: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    upload_bytes: int = 0
+    seconds: float = 0.0
+
+
+def encoding_for(protocol: str, sites: int, bits: int = 16) -> FixedPoint:
+    """The encoding that an experiment with that protocol and so many sites uses."""
+    return FixedPoint(bits, 1.0, sites, PROTOCOLS[protocol].slot_bits(sites))
+
+
+def play(name: str, count: int, sites: int, gone: int) -> Played:
+    """A whole round with every party in this process; `gone` sites vanish before they upload."""
+    protocol, played = PROTOCOLS[name], Played()
+    rng = np.random.default_rng(0)
+    vectors = {f"site-{i:04}": rng.normal(size=count) * 0.1 for i in range(sites)}
+
+    def step(phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*arguments: Any) -> Any:
+            seconds, result = timed(lambda: work(*arguments))
+            played.steps[phase].append(seconds)
+            if phase == "upload":
+                played.upload_bytes = len(result[1])
+            return result
+
+        return measured
+
+    def serving(*arguments: Any) -> ServerSide:
+        side = protocol.server(*arguments)
+        requests = next(side)
+        while True:
+            replies: Replies = yield requests
+            started, phase = time.perf_counter(), requests.phase
+            try:
+                requests = side.send(replies)
+            except StopIteration as done:
+                return done.value
+            finally:
+                played.server[phase] += time.perf_counter() - started
+
+    threshold = secagg.least_threshold(sites, 1)
+    party = Party(vectors, encoding_for(name, sites), None, os.urandom, threshold, 1)
+    steps = {phase: step(phase, work) for phase, work in protocol.steps.items()}
+    lost = dict.fromkeys(list(vectors)[1 : 1 + gone], "upload")
+    played.seconds, _ = timed(lambda: party.play(steps, serving, lost))
+    return played
+
+
+def masking(name: str, count: int, sites: int) -> float:
+    """Seconds in which one site agrees on its masks, draws them and adds them to its slots."""
+    encoding = encoding_for(name, sites)
+    slots = list(encoding.encode(np.zeros(count), 1, Keystream(Seed(bytes(32)), "rounding")))
+    mine, context = masks.MaskKey.draw(os.urandom), bytes(32)
+    peers_ = {f"site-{i:04}": masks.MaskKey.draw(os.urandom).public for i in range(1, sites)}
+
+    def work() -> None:
+        terms = [masks.own(mine.seed, "site-0000", context)]
+        terms += [mine.pair("site-0000", peer, key, context) for peer, key in peers_.items()]
+        for _ in masks.add(slots, terms, encoding.plain_bits):
+            pass
+
+    return timed(work)[0]
+
+
+def masked_rounds() -> Iterator[Row]:
+    """secagg and masked-bfv rounds without training, beside Flower's SecAgg+."""
+    missing = ""
+    for sites, gone, count, repetitions in MASKED_ROUNDS:
+        ours: dict[str, list[tuple[float, Played]]] = {"secagg": [], "masked-bfv": []}
+        theirs: list[Mapping[str, Any]] = []
+        for _ in range(repetitions):
+            for name, rounds_played in ours.items():
+                masks_alone = statistics.median(masking(name, count, sites) for _ in range(7))
+                rounds_played.append((masks_alone, play(name, count, sites, gone)))
+            if not missing:
+                try:
+                    theirs.append(peers.flower_secaggplus(count, sites, gone))
+                except peers.PeerMissingError as error:
+                    missing = str(error)
+                    print(missing, flush=True)
+        at = f"{sites} sites, {gone} gone, {count:,} parameters"
+        for name, rounds_played in ours.items():
+            middle = [statistics.median(p.steps["upload"]) for _, p in rounds_played]
+            yield against(
+                f"{name}, {at}: mask one vector",
+                "4x the peer",
+                [seconds for seconds, _ in rounds_played],
+                [statistics.median(their["masking"]) for their in theirs],
+                "Flower",
+            )
+            yield against(
+                f"{name}, {at}: a site's upload step, from float vector to message",
+                None,
+                middle,
+                [statistics.median(their["upload"]) for their in theirs],
+                "Flower",
+            )
+            size = rounds_played[0][1].upload_bytes / count
+            peer = theirs[0]["upload_bytes"] / count if theirs else None
+            ratio = peer / size if peer else None
+            unit = "bytes a parameter"
+            floor = "2.5x smaller"
+            yield Row(f"{name}, {at}: upload", size, unit, None, floor, peer, ratio, "Flower")
+            yield against(
+                f"{name}, {at}: the server takes masks off",
+                None,
+                [p.server["unmask"] for _, p in rounds_played],
+                [their["unmask"] for their in theirs],
+                "Flower",
+            )
+            yield against(
+                f"{name}, {at}: whole round, all parties in turn",
+                None,
+                [p.seconds for _, p in rounds_played],
+                [their["round"] for their in theirs],
+                "Flower",
+            )
+
+
+def many_sites() -> Iterator[Row]:
+    """A round of many sites on the complete graph, in a process of its own."""
+    for name in ("secagg", "masked-bfv"):
+        command = [sys.executable, str(HERE / "many.py"), name, str(MANY), "10000"]
+        told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        what = f"{name}, {MANY} sites, 10,000 parameters: whole round"
+        yield Row(what, told["seconds"], "s", beside="Flower")
+        yield Row(f"{what}, peak memory", told["peak"] / 1e6, "MB", beside="Flower")
+
+
+def upload_sizes() -> Iterator[Row]:
+    """Bytes of an upload of a million parameters, by sites and bits."""
+    for name, sites, bits, floor in (
+        ("masked-bfv", 16, 16, "<= 3.0"),
+        ("masked-bfv", 16, 8, "<= 2.0"),
+        ("masked-bfv", 100, 12, None),
+        ("secagg", 16, 16, "<= 2.63"),  # 5 % above (bits + log2 sites) / 8
+        ("secagg", 100, 16, "<= 3.02"),
+    ):
+        encoding = encoding_for(name, sites, bits)
+        slots = encoding.slots(PARAMETERS)
+        size = -(-slots * encoding.plain_bits // 8)
+        if name == "masked-bfv":
+            size = Parameters(encoding.plain_bits, sites).upload_bytes(slots)
+        value = size / PARAMETERS
+        ratio = 8.0 / value
+        what = f"{name}, {sites} sites, {bits} bits: upload"
+        yield Row(what, value, "bytes a parameter", None, floor, 8.0, ratio, "Flower")
+
+
 def memory() -> Iterator[Row]:
     """Peak memory of ten million parameters, in processes of their own."""
     for side in ("site", "server"):
@@ -187,58 +364,91 @@ def demo() -> Iterator[Row]:
     )
 
 
+INTRODUCTION = {
+    "TenSEAL": f"One million parameters, {SITES} sites, 16 bits, one thread. The peer is TenSEAL's "
+    "`ckks_vector` at degree 8192 with moduli [60, 40, 40], in the same process, taking turns. "
+    "securefl's server only adds; what c1 needs, the opener expands from seeds. The row that adds "
+    "all uploads and opens the sum counts both.",
+    "Flower": "16 bits, one thread, no training; the peer is SecAgg+ of Flower 1.41 on the "
+    "complete graph, driven without its engine in a process of its own, taking turns. *Mask one "
+    "vector* is key agreement, drawing the masks and adding them; *upload step* is everything from "
+    "the float vector to the message, which in masked-bfv encrypts too and in Flower does not. "
+    "securefl draws masks from AES-256 under 256-bit seeds, Flower folds its seeds to 32 bits for "
+    "a Mersenne twister. At 100 sites the rounds have 100,000 parameters, because Flower's shares "
+    "alone take minutes there.",
+}
+
+
 def markdown(rows: list[Row], machine: str) -> str:
-    """The rows as a table."""
+    """The rows as a table a peer."""
     lines = [
         "# Benchmarks",
         "",
-        f"`make bench` on {machine}. One million parameters, {SITES} sites, 16 bits, one thread. "
-        "The peer is TenSEAL's `ckks_vector` at degree 8192 with moduli [60, 40, 40], in the same "
-        "process, taking turns. Times are medians; the ratio is the median of pairwise ratios.",
+        f"`make bench` on {machine}, a shared machine. Times are medians; the spread is from the "
+        "fastest to the slowest repetition, the ratio the median of pairwise ratios.",
         "",
-        "securefl's server only adds; what c1 needs, the opener expands from seeds. The row that "
-        "adds all uploads and opens the sum counts both.",
-        "",
-        "![times beside the peer](results.svg)",
-        "",
-        "| what | value | spread | promised | peer | ratio |",
-        "|---|---|---|---|---|---|",
+        "![times beside the peers](results.svg)",
     ]
-    for row in rows:
-        spread = "" if row.spread is None else f"{row.spread[0]:.3g} to {row.spread[1]:.3g}"
-        peer = "" if row.peer is None else f"{row.peer:.3g}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.1f}x"
-        value = f"{row.value:.3g} {row.unit}".strip()
-        lines.append(f"| {row.name} | {value} | {spread} | {row.floor or ''} | {peer} | {ratio} |")
+    for peer, introduction in INTRODUCTION.items():
+        shown = [row for row in rows if row.beside == peer]
+        lines += ["", f"## Beside {peer}", introduction, ""]
+        lines += [
+            "| what | value | spread | promised | peer | ratio |",
+            "|---|---|---|---|---|---|",
+        ]
+        absent = not any(row.peer for row in shown)
+        for row in shown:
+            spread = "" if row.spread is None else f"{row.spread[0]:.3g} to {row.spread[1]:.3g}"
+            other = "not installed" * absent if row.peer is None else f"{row.peer:.3g}"
+            ratio = "" if row.ratio is None else f"{row.ratio:.1f}x"
+            value = f"{row.value:.3g} {row.unit}".strip()
+            cells = (row.name, value, spread, row.floor or "", other, ratio)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Bars of every row that has a peer and is a time."""
-    shown = [row for row in rows if row.peer is not None and row.unit == "s"]
-    figure = Figure(figsize=(8, 0.9 * len(shown) + 1), layout="constrained")
-    axes = figure.subplots()
-    at = np.arange(len(shown))
-    axes.barh(at - 0.2, [row.value for row in shown], 0.38, label="securefl", color="#0072b2")
-    axes.barh(
-        at + 0.2, [row.peer for row in shown], 0.38, label="TenSEAL ckks_vector", color="#bbb"
-    )
-    for i, row in enumerate(shown):
-        axes.text(max(row.value, row.peer or 0) * 1.05, i, f"{row.ratio:.1f}x", va="center")
-    axes.set_yticks(at, [row.name for row in shown])
-    axes.set_xscale("log")
-    axes.margins(x=0.2)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds (logarithmic), one million parameters")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Bars of every row that has a peer and is a time, a panel a peer."""
+    timed_rows = [row for row in rows if row.peer is not None and row.unit == "s"]
+    panels = {
+        "TenSEAL ckks_vector": [row for row in timed_rows if row.beside == "TenSEAL"],
+        "Flower SecAgg+": [
+            row for row in timed_rows if row.beside == "Flower" and ", 0 gone" in row.name
+        ],
+    }
+    panels = {peer: shown for peer, shown in panels.items() if shown}
+    heights = [len(shown) + 1 for shown in panels.values()]
+    figure = Figure(figsize=(10, 0.5 * sum(heights) + 1), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+    for axes, (peer, shown) in zip(grid[:, 0], panels.items(), strict=True):
+        at = np.arange(len(shown))
+        axes.barh(at - 0.2, [row.value for row in shown], 0.38, label="securefl", color="#0072b2")
+        axes.barh(at + 0.2, [row.peer for row in shown], 0.38, label=peer, color="#bbb")
+        for i, row in enumerate(shown):
+            axes.text(max(row.value, row.peer or 0) * 1.05, i, f"{row.ratio:.1f}x", va="center")
+        axes.set_yticks(at, [row.name for row in shown])
+        axes.set_xscale("log")
+        axes.margins(x=0.2)
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds (logarithmic)")
+        axes.legend(loc="lower right", frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     """Measure everything and write the three files."""
     rows: list[Row] = []
-    for group in (encryption, pruned, rounds, memory, demo):
+    for group in (
+        encryption,
+        pruned,
+        rounds,
+        masked_rounds,
+        many_sites,
+        upload_sizes,
+        memory,
+        demo,
+    ):
         for row in group():
             rows.append(row)
             ratio = "" if row.ratio is None else f"  {row.ratio:.1f}x the peer's {row.peer:.3g}"

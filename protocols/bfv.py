@@ -405,15 +405,16 @@ class Sum:
         """Take `plain` (uint64[slots] below 2^plain_bits) off what the sum decrypts to.
 
         Subtracts round(q * m / 2^p) from c0. With q = 2^54 - g that is
-        m * 2^(54-p) + floor((2^(p-1) - g * m) / 2^p), exact in 64 bits because g * m < 2^61.
+        m * 2^(54-p) - floor((g * m + 2^(p-1) - 1) / 2^p), exact in 64 bits because g < 2^17 and
+        p <= 47 wherever two ciphertexts can be added. Precondition: parameters.additions >= 2.
         """
         if len(plain) != self.slots or int(plain.max()) >> self.parameters.plain_bits:
             raise ValueError(f"take off {self.slots} slots below 2^{self.parameters.plain_bits}")
         p, gap = self.parameters.plain_bits, (1 << MODULUS_BITS) - MODULUS
         for start in range(0, self.slots, _CHUNK):
             m = plain[start : start + _CHUNK]
-            low = (np.int64(1 << (p - 1)) - np.int64(gap) * m.astype(np.int64)) >> np.int64(p)
-            scaled = (m << np.uint64(MODULUS_BITS - p)) + low.view(np.uint64)
+            low = (np.uint64(gap) * m + np.uint64((1 << (p - 1)) - 1)) >> np.uint64(p)
+            scaled = (m << np.uint64(MODULUS_BITS - p)) - low
             part = self._c0[start : start + _CHUNK]
             part += np.uint64(MODULUS) - _reduce(scaled)
             _reduce(part)

@@ -195,7 +195,8 @@ def open_sum(expected: Expected, begin: Begin, key: SecretKey, request: SumToOpe
     count = len(request.contributors)
     opened = key.open(request.payload, expected.encoding.slots(expected.length), count)
     if int(opened[0]) != count:
-        raise RefusedError(f"the sum counts {int(opened[0])} updates, not {count}")
+        # What it does count stays here: a decrypted slot of a ciphertext that the sender chose.
+        raise RefusedError(f"the sum counts other updates than the {count} it names")
     payload = pack(opened, expected.encoding.plain_bits).tobytes()
     me = expected.identity
     signature = me.key.sign(statement(begin.context, "open", me.name, payload))

@@ -97,7 +97,7 @@ def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> t
     if me.name == min(shared.adverts):
         peers = {site: advert.channel for site, advert in shared.adverts.items()}
         seeds = bfv_sum.seal_seeds(me, state.begin, state.channel, peers, randomness)
-    return shared, SharedSecrets(boxes, seeds).to_bytes()
+    return shared, secagg.shared_secrets(state, boxes, seeds)
 
 
 def client_step3(

@@ -168,10 +168,15 @@ class SealedShares(Message, frozen=True):
 
 
 class SharedSecrets(Message, frozen=True):
-    """C -> S: one box of shares for every other site in U1; the maker's HE seeds too."""
+    """C -> S: one box of shares for every other site in U1; the maker's HE seeds too.
+
+    Receivers trust the seal of each box; the signature lets S refuse a reply that is not from this
+    site and round before anyone relies on it.
+    """
 
     shares: Annotated[tuple[SealedShares, ...], Meta(min_length=1, max_length=1 << 16)]
     seeds: Annotated[tuple[SealedSeed, ...], Meta(max_length=1 << 16)]
+    signature: Signature
 
     def __post_init__(self) -> None:
         _in_order([item.receiver for item in self.shares], "the sealed shares")
@@ -268,3 +273,4 @@ class SumToOpen(Message, frozen=True):
 
     def __post_init__(self) -> None:
         _in_order(self.contributors, "the contributors")
+        _in_order([item.sender for item in self.confirmations], "the confirmations")

@@ -19,6 +19,7 @@ The client functions below the steps serve masked-bfv too.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ from protocols.messages import (
     RelayedSecrets,
     ReleasedShare,
     ReleasedShares,
+    SealedSeed,
     SealedShares,
     SharedSecrets,
     Survivors,
@@ -164,7 +166,7 @@ def client_step1(
 def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> tuple[Shared, bytes]:
     """MaskAdvertisements -> SharedSecrets: seal shares of both secrets for every peer in U1."""
     shared, boxes = share(state, message, randomness)
-    return shared, SharedSecrets(boxes, ()).to_bytes()
+    return shared, shared_secrets(state, boxes, ())
 
 
 def client_step3(
@@ -240,6 +242,15 @@ def share(
     return Shared(state, adverts, seeds[begin.cohort.index(me.name)]), tuple(boxes)
 
 
+def shared_secrets(
+    state: Advertised, boxes: tuple[SealedShares, ...], seeds: tuple[SealedSeed, ...]
+) -> bytes:
+    """The signed SharedSecrets; the seeds are signed one by one already."""
+    me = state.expected.identity
+    signature = me.key.sign(statement(state.begin.context, "share", me.name, _sealed(boxes)))
+    return SharedSecrets(boxes, seeds, signature).to_bytes()
+
+
 def mask(
     state: Shared, relayed: RelayedSecrets, slots: Slots
 ) -> tuple[Uploaded, Iterator[NDArray[np.uint64]]]:
@@ -304,6 +315,10 @@ def _box_context(begin: Begin, sender: MaskAdvertisement, receiver: MaskAdvertis
     return digest("shares", begin.context, *names, sender.channel, receiver.channel)
 
 
+def _sealed(boxes: tuple[SealedShares, ...]) -> bytes:
+    return digest("sealed", *(digest("box", b.receiver.encode(), b.box) for b in boxes))
+
+
 def _confirmed(begin: Begin, signer: str, survivors: tuple[str, ...]) -> bytes:
     return statement(begin.context, "confirm", signer, *(site.encode() for site in survivors))
 
@@ -343,7 +358,8 @@ def shared(
     def parse(site: str, data: bytes) -> SharedSecrets:
         said = SharedSecrets.from_bytes(data)
         receivers = [item.receiver for item in said.shares]
-        if said.shares[0].sender != site or receivers != [s for s in adverts if s != site]:
+        cohort.verify("share", said.shares[0].sender, site, said.signature, _sealed(said.shares))
+        if receivers != [s for s in adverts if s != site]:
             raise ProtocolError(f"{site} did not seal its shares for every other site", [site])
         check(site, said)
         return said
@@ -450,7 +466,7 @@ def _recover(
             shares[begin.cohort.index(releaser) + 1] = Share.parse(data)
         except ValueError:
             cohort.faults[releaser] = f"unmask: its share of {owner}'s secret is malformed"
-    for points in itertools.islice(itertools.combinations(shares, begin.threshold), _TRIES):
+    for points in itertools.islice(_choices(list(shares), begin.threshold), _TRIES):
         try:
             seed = shamir.combine({x: shares[x] for x in points})
         except ValueError:
@@ -466,6 +482,20 @@ def _recover(
 
 
 _TRIES = 512  # combinations of shares tried before a round is given up
+
+
+def _choices(points: list[int], size: int) -> Iterator[tuple[int, ...]]:
+    """All sets of `size` points; first those that lie evenly spaced on a circle.
+
+    Some of these leave any one or two wrong shares out; the ordered list of all sets would keep
+    the first points in for longer than anyone tries.
+    """
+    n = len(points)
+    for stride in range(1, n if n > size else 1):
+        if math.gcd(stride, n) == 1:
+            for start in range(n):
+                yield tuple(points[(start + i * stride) % n] for i in range(size))
+    yield from itertools.combinations(points, size)
 
 
 def server(
@@ -485,6 +515,8 @@ def server(
     def parse(site: str, data: bytes) -> NDArray[np.uint64]:
         upload = Upload.from_bytes(data)
         cohort.verify("upload", upload.sender, site, upload.signature, upload.key, upload.payload)
+        if upload.key != NO_KEY:
+            raise ProtocolError(f"{site} sent a ciphertext to a protocol without a key", [site])
         try:
             return unpack(np.frombuffer(upload.payload, np.uint8), slots, bits)
         except ValueError as error:

@@ -49,6 +49,8 @@ def split(secret: Seed, threshold: int, points: int, randomness: Randomness) -> 
 
     Precondition: 1 <= threshold <= points.
     """
+    if len(secret._material) != 32:
+        raise ValueError("only a 32-byte secret fits into the field")
     if not 1 <= threshold <= points:
         raise ValueError(f"threshold = {threshold} is outside 1 to {points}")
     coefficients = [int.from_bytes(secret._material, "big")]

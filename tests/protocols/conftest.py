@@ -16,6 +16,7 @@ from protocols.errors import ProtocolError
 from protocols.keystream import Keystream, Seed
 from protocols.messages import Begin
 from protocols.rounds import Expected, Outcome, Requests, make_identities
+from protocols.secagg import least_threshold
 
 Relay = Callable[[str, str, bytes], bytes]
 """(phase, site, message): what an active server sends to `site` instead."""
@@ -33,7 +34,8 @@ class Round:
 
     A client that raises ProtocolError stays silent and is noted in `refusals`; anything else that
     comes out of a client or of the server fails the test. `sent` and `received` are everything
-    that crossed the server's wire.
+    that crossed the server's wire. Where sites mask, the threshold is the least that holds against
+    `tolerated` colluding sites, and the minimum is raised to what it asks for.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Round:
         encoding: FixedPoint,
         *,
         minimum: int = 2,
+        tolerated: int = 0,
         weights: Mapping[str, int] | None = None,
         number: int = 1,
         also_pinned: tuple[str, ...] = (),
@@ -52,7 +55,13 @@ class Round:
         self.length = len(next(iter(vectors.values())))
         self.identities = make_identities((*vectors, *also_pinned), stream("identities").bytes)
         self.roster = next(iter(self.identities.values())).roster
-        self.begin = Begin(b"session of tests", number, tuple(sorted(vectors)), minimum, bytes(32))
+        self.tolerated, threshold = tolerated, 1
+        if self.protocol.masked:
+            threshold = least_threshold(len(vectors), tolerated)
+            minimum = max(minimum, threshold, tolerated + 2)
+        self.begin = Begin(
+            b"session of tests", number, tuple(sorted(vectors)), minimum, threshold, bytes(32)
+        )
         self.drawn: list[bytes] = []
         self.random = {site: stream(f"{site} {number}") for site in self.identities}
         self.states: dict[str, Any] = {site: self.expected(site) for site in vectors}
@@ -77,6 +86,7 @@ class Round:
             "minimum": 2,
             "encoding": self.encoding,
             "length": self.length,
+            "tolerated": self.tolerated,
         }
         return Expected(**{**values, **changes})
 

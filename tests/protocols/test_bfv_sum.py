@@ -41,6 +41,11 @@ def signed(game: Any, site: str, phase: str, *said: bytes) -> bytes:
     return signature
 
 
+def parameters_of(game: Any) -> Parameters:
+    """The round's BFV parameters."""
+    return Parameters(game.encoding.plain_bits, game.encoding.cohort)
+
+
 # The same aggregate as plain
 
 
@@ -423,11 +428,11 @@ def test_an_opener_refuses_a_sum_of_fewer_than_the_minimum(small: Small) -> None
     game = small("bfv", minimum=3)
     game.until("upload")
     replies = game.replies()
-    total = Sum(game.encoding.slots(game.length))
+    total = Sum(game.encoding.slots(game.length), parameters_of(game))
     for site in "ab":
         total.add(Upload.from_bytes(replies[site]).payload)
     with pytest.raises(RefusedError, match="below the 3"):
-        game.answer("a", "open", SumToOpen(("a", "b"), total.to_bytes()).to_bytes())
+        game.answer("a", "open", SumToOpen(("a", "b"), (), total.to_bytes()).to_bytes())
 
 
 def test_an_opener_refuses_one_upload_dressed_as_a_sum(small: Small) -> None:
@@ -436,13 +441,13 @@ def test_an_opener_refuses_one_upload_dressed_as_a_sum(small: Small) -> None:
     game.until("upload")
     replies = game.replies()
     slots = game.encoding.slots(game.length)
-    one = Sum(slots)
+    one = Sum(slots, parameters_of(game))
     one.add(Upload.from_bytes(replies["b"]).payload)
     with pytest.raises(MalformedMessageError):
-        SumToOpen.from_bytes(SumToOpen(("b",), one.to_bytes()).to_bytes())
+        SumToOpen.from_bytes(SumToOpen(("b",), (), one.to_bytes()).to_bytes())
     padded = one.to_bytes() + bytes(64)
-    with pytest.raises(RefusedError, match=r"counts \d+ updates, not 2"):
-        game.answer("a", "open", SumToOpen(("b", "c"), padded).to_bytes())
+    with pytest.raises(RefusedError, match="than the 2 it names"):
+        game.answer("a", "open", SumToOpen(("b", "c"), (), padded).to_bytes())
 
 
 def test_an_opener_refuses_a_sum_that_counts_otherwise(small: Small) -> None:
@@ -458,8 +463,9 @@ def test_an_opener_refuses_a_sum_that_counts_otherwise(small: Small) -> None:
 
     game.slots = slots
     message = to_open(game).to_bytes()
-    with pytest.raises(RefusedError, match="counts 7 updates, not 3"):
+    with pytest.raises(RefusedError, match="than the 3 it names") as caught:
         game.answer("a", "open", message)
+    assert "7" not in str(caught.value)
 
 
 def test_an_opener_refuses_contributors_outside_the_cohort(small: Small) -> None:
@@ -468,7 +474,7 @@ def test_an_opener_refuses_contributors_outside_the_cohort(small: Small) -> None
     payload = to_open(game).payload
     for name in ("d", "stranger"):
         with pytest.raises(RefusedError, match="outside the cohort"):
-            game.answer("a", "open", SumToOpen(("a", "b", name), payload).to_bytes())
+            game.answer("a", "open", SumToOpen(("a", "b", name), (), payload).to_bytes())
 
 
 def test_an_opener_refuses_a_sum_of_another_length(small: Small) -> None:
@@ -477,7 +483,7 @@ def test_an_opener_refuses_a_sum_of_another_length(small: Small) -> None:
     payload = to_open(game).payload
     for broken in (payload[:-64], payload[:-1], payload + b"\0", b"\xff" * len(payload), b""):
         with pytest.raises(MalformedMessageError):
-            game.answer("a", "open", SumToOpen(("a", "b", "c"), broken).to_bytes())
+            game.answer("a", "open", SumToOpen(("a", "b", "c"), (), broken).to_bytes())
 
 
 # The server goes on without whoever breaks the protocol
@@ -594,11 +600,12 @@ def test_a_wrong_number_of_blocks_is_refused(small: Small, blocks: int) -> None:
     """A block less and a block more than the round's length, signed."""
     game = small("bfv", length=2 * bfv.DEGREE * 4)
     assert game.encoding.slots(game.length) > 2 * bfv.DEGREE
-    wrong = bytes(range(1, 251)) * (blocks * bfv.BLOCK_BYTES // 250 + 1)
+    size = blocks * parameters_of(game).block_bytes
+    wrong = bytes(range(1, 251)) * (size // 250 + 1)
 
     def forge(reply: bytes) -> bytes:
         key = Upload.from_bytes(reply).key
-        return upload_of(game, "b", key, wrong[: blocks * bfv.BLOCK_BYTES])
+        return upload_of(game, "b", key, wrong[:size])
 
     outcome = game.play(wire=replacing("upload", "b", forge))
     assert set(outcome.faults) == {"b"}
@@ -659,7 +666,7 @@ def signed_sum(game: Any, site: str, payload: bytes) -> bytes:
 def test_a_server_that_forwards_another_cohort_gets_nothing(small: Small) -> None:
     """Sites that were begun with different cohorts do not verify each other's messages."""
     game = small("bfv", "abcd")
-    two = Begin(game.begin.session, 1, ("a", "b", "c"), 2, bytes(32)).to_bytes()
+    two = Begin(game.begin.session, 1, ("a", "b", "c"), 2, 1, bytes(32)).to_bytes()
 
     def relay(phase: str, site: str, message: bytes) -> bytes:
         return two if phase == "advertise" and site == "c" else message

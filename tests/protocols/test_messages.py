@@ -12,16 +12,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
-from protocols.errors import MalformedMessageError, ProtocolError
+from protocols.errors import MalformedMessageError, ProtocolError, RoundAbortedError
 from protocols.messages import (
     Advertisement,
     Advertisements,
     Begin,
+    Confirmation,
+    Confirmations,
+    MaskAdvertisement,
+    MaskAdvertisements,
     Message,
     OpenedSum,
+    RelayedSecrets,
+    ReleasedShare,
+    ReleasedShares,
     SealedSeed,
     SealedSeeds,
+    SealedShares,
+    SharedSecrets,
     SumToOpen,
+    Survivors,
     Upload,
 )
 from protocols.sealing import box_bytes
@@ -41,8 +51,9 @@ def begins(draw: st.DrawFn) -> Begin:
     """A valid Begin."""
     cohort = draw(SORTED_NAMES)
     minimum = draw(st.integers(2, len(cohort)))
+    threshold = draw(st.integers(1, len(cohort)))
     number = draw(st.integers(1, 2**62))
-    return Begin(draw(exactly(16)), number, cohort, minimum, draw(exactly(32)))
+    return Begin(draw(exactly(16)), number, cohort, minimum, threshold, draw(exactly(32)))
 
 
 ADVERTISEMENTS = st.builds(Advertisement, NAMES, exactly(32), exactly(64))
@@ -70,6 +81,38 @@ def sealed_seed_lists(draw: st.DrawFn) -> SealedSeeds:
     )
 
 
+MASK_KEYS = st.tuples(exactly(32), exactly(32), exactly(32), exactly(64))
+SHARES_BOX = exactly(box_bytes(66))
+
+
+@st.composite
+def shared_secrets(draw: st.DrawFn) -> SharedSecrets:
+    """What one site seals for others, with and without HE seeds."""
+    sender = draw(NAMES)
+    shares = tuple(SealedShares(sender, to, draw(SHARES_BOX)) for to in draw(SORTED_NAMES))
+    seeds = draw(st.just(()) | sealed_seed_lists().map(lambda seeds: seeds.items))
+    return SharedSecrets(shares, seeds, draw(exactly(64)))
+
+
+@st.composite
+def released_shares(draw: st.DrawFn) -> ReleasedShares:
+    """Shares of disjoint sets of sites."""
+    owners = draw(SORTED_NAMES)
+    lost = draw(st.sets(st.sampled_from(owners)))
+    own, mask = (
+        tuple(ReleasedShare(o, draw(exactly(33))) for o in owners if (o in lost) == gone)
+        for gone in (False, True)
+    )
+    return ReleasedShares(draw(NAMES), own, mask, draw(exactly(64)))
+
+
+def one_each(item: Callable[[str], Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    """One item a site, in order."""
+    return SORTED_NAMES.map(lambda names: tuple(item(name) for name in names))
+
+
+CONFIRMATIONS = one_each(lambda name: Confirmation(name, bytes(64)))
+
 VALID: dict[type[Message], st.SearchStrategy[Any]] = {
     Begin: begins(),
     Advertisement: ADVERTISEMENTS,
@@ -77,11 +120,41 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
     SealedSeed: st.builds(SealedSeed, NAMES, exactly(32), NAMES, exactly(32), BOX, exactly(64)),
     SealedSeeds: sealed_seed_lists(),
     Upload: st.builds(Upload, NAMES, exactly(32), PAYLOADS, exactly(64)),
-    SumToOpen: st.builds(SumToOpen, SORTED_NAMES, PAYLOADS),
+    SumToOpen: st.builds(SumToOpen, SORTED_NAMES, st.just(()) | CONFIRMATIONS, PAYLOADS),
     OpenedSum: st.builds(OpenedSum, NAMES, PAYLOADS, exactly(64)),
+    MaskAdvertisement: st.builds(
+        lambda sender, keys: MaskAdvertisement(sender, *keys), NAMES, MASK_KEYS
+    ),
+    MaskAdvertisements: st.builds(
+        lambda names, keys: MaskAdvertisements(tuple(MaskAdvertisement(n, *keys) for n in names)),
+        SORTED_NAMES,
+        MASK_KEYS,
+    ),
+    SealedShares: st.builds(SealedShares, NAMES, NAMES, SHARES_BOX),
+    SharedSecrets: shared_secrets(),
+    RelayedSecrets: st.builds(
+        RelayedSecrets,
+        one_each(lambda name: SealedShares(name, "me", bytes(94))),
+        st.just(())
+        | st.tuples(
+            st.builds(SealedSeed, NAMES, exactly(32), NAMES, exactly(32), BOX, exactly(64))
+        ),
+    ),
+    Survivors: SORTED_NAMES.map(Survivors),
+    Confirmation: st.builds(Confirmation, NAMES, exactly(64)),
+    Confirmations: CONFIRMATIONS.map(Confirmations),
+    ReleasedShare: st.builds(ReleasedShare, NAMES, exactly(33)),
+    ReleasedShares: released_shares(),
 }
+MASK_ADVERTS = tuple(
+    MaskAdvertisement(s, *(bytes(range(i, 32 + i)) for i in range(3)), bytes(range(64)))
+    for s in "abc"
+)
+SEALED_SEEDS = tuple(
+    SealedSeed("a", bytes(32), s, bytes(32), bytes(range(92)), bytes(range(64))) for s in "abc"
+)
 SAMPLES: dict[type[Message], Message] = {
-    Begin: Begin(bytes(range(16)), 7, ("a", "b", "clinic-3"), 2, bytes(range(32))),
+    Begin: Begin(bytes(range(16)), 7, ("a", "b", "clinic-3"), 2, 2, bytes(range(32))),
     Advertisement: Advertisement("a", bytes(range(32)), bytes(range(64))),
     Advertisements: Advertisements(
         tuple(Advertisement(s, bytes(range(32)), bytes(range(64))) for s in "abc")
@@ -89,15 +162,33 @@ SAMPLES: dict[type[Message], Message] = {
     SealedSeed: SealedSeed(
         "a", bytes(range(32)), "b", bytes(range(32)), bytes(range(92)), bytes(range(64))
     ),
-    SealedSeeds: SealedSeeds(
-        tuple(
-            SealedSeed("a", bytes(32), s, bytes(32), bytes(range(92)), bytes(range(64)))
-            for s in "abc"
-        )
-    ),
+    SealedSeeds: SealedSeeds(SEALED_SEEDS),
     Upload: Upload("a", bytes(range(32)), bytes(range(200)), bytes(range(64))),
-    SumToOpen: SumToOpen(("a", "b", "c"), bytes(range(200))),
+    SumToOpen: SumToOpen(
+        ("a", "b", "c"), tuple(Confirmation(s, bytes(range(64))) for s in "ac"), bytes(range(200))
+    ),
     OpenedSum: OpenedSum("a", bytes(range(200)), bytes(range(64))),
+    MaskAdvertisement: MASK_ADVERTS[0],
+    MaskAdvertisements: MaskAdvertisements(MASK_ADVERTS),
+    SealedShares: SealedShares("a", "b", bytes(range(94))),
+    SharedSecrets: SharedSecrets(
+        tuple(SealedShares("a", s, bytes(range(94))) for s in "bc"),
+        SEALED_SEEDS,
+        bytes(range(64)),
+    ),
+    RelayedSecrets: RelayedSecrets(
+        tuple(SealedShares(s, "a", bytes(range(94))) for s in "bc"), SEALED_SEEDS[:1]
+    ),
+    Survivors: Survivors(("a", "b", "c")),
+    Confirmation: Confirmation("a", bytes(range(64))),
+    Confirmations: Confirmations(tuple(Confirmation(s, bytes(range(64))) for s in "abc")),
+    ReleasedShare: ReleasedShare("a", bytes(range(33))),
+    ReleasedShares: ReleasedShares(
+        "a",
+        tuple(ReleasedShare(s, bytes(range(33))) for s in "ac"),
+        (ReleasedShare("b", bytes(range(33))),),
+        bytes(range(64)),
+    ),
 }
 CLASSES = tuple(SAMPLES)
 every_class = pytest.mark.parametrize("kind", CLASSES)
@@ -124,7 +215,7 @@ def test_every_message_class_is_tested() -> None:
 
 
 @every_class
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_messages_round_trip(kind: type[Message], data: st.DataObject) -> None:
     """from_bytes and to_bytes are inverse to each other, and bytes of one class are of no other."""
@@ -135,7 +226,7 @@ def test_messages_round_trip(kind: type[Message], data: st.DataObject) -> None:
 
 
 @every_class
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(data=st.binary(max_size=300))
 def test_random_bytes_are_malformed(kind: type[Message], data: bytes) -> None:
     """Nothing but MalformedMessageError."""
@@ -158,7 +249,7 @@ JSON_LIKE = st.recursive(
 
 
 @every_class
-@settings(max_examples=300)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_well_formed_msgpack_of_another_shape_is_malformed_or_the_message(
     kind: type[Message], data: st.DataObject
@@ -244,6 +335,11 @@ def test_deep_nesting_is_malformed(kind: type[Message], opening: str, depth: int
         assert not parses(kind, data)
 
 
+def wired(*items: Message) -> list[Any]:
+    """A list of messages as it is inside another one."""
+    return [msgspec.msgpack.decode(item.to_bytes()) for item in items]
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -256,6 +352,9 @@ def test_deep_nesting_is_malformed(kind: type[Message], opening: str, depth: int
         (Begin, {"minimum": 1}),
         (Begin, {"minimum": 4}),
         (Begin, {"binding": bytes(33)}),
+        (Begin, {"threshold": 0}),
+        (Begin, {"threshold": 4}),
+        (Begin, {"threshold": None}),
         (Begin, {"cohort": ("a",)}),
         (Begin, {"cohort": ("b", "a")}),
         (Begin, {"cohort": ("a", "a", "b")}),
@@ -283,6 +382,39 @@ def test_deep_nesting_is_malformed(kind: type[Message], opening: str, depth: int
         (SumToOpen, {"contributors": ()}),
         (SumToOpen, {"contributors": ("a", "b", "a")}),
         (SumToOpen, {"contributors": ("c", "b")}),
+        (SumToOpen, {"confirmations": wired(Confirmation("c", bytes(64)), SAMPLES[Confirmation])}),
+        (SumToOpen, {"confirmations": wired(*[SAMPLES[Confirmation]] * 2)}),
+        (SumToOpen, {"confirmations": None}),
+        (MaskAdvertisement, {"channel": bytes(31)}),
+        (MaskAdvertisement, {"mask": bytes(33)}),
+        (MaskAdvertisement, {"commitment": b""}),
+        (MaskAdvertisements, {"items": wired(*MASK_ADVERTS[::-1])}),
+        (MaskAdvertisements, {"items": wired(*MASK_ADVERTS[:1])}),
+        (MaskAdvertisements, {"items": wired(MASK_ADVERTS[0], *MASK_ADVERTS)}),
+        (SealedShares, {"box": bytes(93)}),
+        (SealedShares, {"box": bytes(95)}),
+        (SharedSecrets, {"shares": ()}),
+        (SharedSecrets, {"shares": wired(*[SAMPLES[SealedShares]] * 2)}),
+        (
+            SharedSecrets,
+            {"shares": wired(*(SealedShares(s, s + "x", bytes(94)) for s in "ab"))},
+        ),
+        (SharedSecrets, {"seeds": wired(*SEALED_SEEDS[::-1])}),
+        (RelayedSecrets, {"shares": ()}),
+        (RelayedSecrets, {"shares": wired(*[SAMPLES[SealedShares]] * 2)}),
+        (RelayedSecrets, {"seeds": wired(*SEALED_SEEDS[:2])}),
+        (Survivors, {"sites": ("a",)}),
+        (Survivors, {"sites": ("b", "a")}),
+        (Survivors, {"sites": ("a", "a", "b")}),
+        (Confirmation, {"signature": bytes(63)}),
+        (Confirmations, {"items": ()}),
+        (Confirmations, {"items": wired(*[SAMPLES[Confirmation]] * 2)}),
+        (ReleasedShare, {"share": bytes(32)}),
+        (ReleasedShare, {"share": bytes(34)}),
+        (ReleasedShares, {"mask": wired(ReleasedShare("a", bytes(33)))}),
+        (ReleasedShares, {"mask": wired(*(ReleasedShare(s, bytes(33)) for s in "bc"))}),
+        (ReleasedShares, {"own": wired(*(ReleasedShare(s, bytes(33)) for s in "ca"))}),
+        (ReleasedShares, {"own": wired(*(ReleasedShare(s, bytes(33)) for s in "aa"))}),
         (OpenedSum, {"sender": 1}),
         (OpenedSum, {"payload": [1]}),
     ],
@@ -291,7 +423,9 @@ def test_deep_nesting_is_malformed(kind: type[Message], opening: str, depth: int
 def test_fields_out_of_range_are_malformed(kind: type[Message], changes: dict[str, Any]) -> None:
     """Lengths, ranges, names, order and uniqueness are checked when parsing, once."""
     sample = SAMPLES[kind]
-    fields = {name: getattr(sample, name) for name in sample.__struct_fields__} | changes
+    fields = {name: getattr(sample, name) for name in sample.__struct_fields__}
+    assert parses(kind, msgspec.msgpack.encode([kind.__name__, *fields.values()]))
+    fields |= changes
     assert not parses(kind, msgspec.msgpack.encode([kind.__name__, *fields.values()]))
 
 
@@ -349,7 +483,7 @@ def test_contexts_of_other_rounds_differ(one: Begin, other: Begin) -> None:
     """The context is a function of every field of Begin."""
     assert len(one.context) == 32
     assert (one.context == other.context) == (one == other)
-    later = Begin(one.session, one.round % 2**62 + 1, one.cohort, one.minimum, one.binding)
+    later = msgspec.structs.replace(one, round=one.round % 2**62 + 1)
     assert later.context != one.context
 
 
@@ -386,7 +520,7 @@ every_step = pytest.mark.parametrize(("protocol", "phase"), STEPS)
 
 
 @every_step
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_clients_answer_mutated_requests_or_raise_protocol_errors(
     small: Callable[..., Any], protocol: str, phase: str, data: st.DataObject
@@ -414,26 +548,35 @@ def recorded(small: Callable[..., Any], protocol: str, phase: str) -> tuple[Any,
 
 
 @every_step
-@settings(max_examples=80)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_servers_go_on_without_a_site_that_sends_mutated_replies(
     small: Callable[..., Any], protocol: str, phase: str, data: st.DataObject
 ) -> None:
-    """Site a, which is also maker and opener, sends garbage: a fault, and the right sum."""
-    game = small(protocol)
+    """Site a, which is also maker and opener, sends garbage: a fault, and the right sum.
+
+    Under masked-bfv nobody else can make the HE seed: an abort that names a.
+    """
+    game = small(protocol, "abcd")
 
     def wire(requests: Any, replies: dict[str, bytes]) -> dict[str, bytes]:
         if requests.phase == phase and "a" in replies:
             replies["a"] = data.draw(mutated(replies["a"]))
         return replies
 
+    if (protocol, phase) == ("masked-bfv", "share"):
+        with pytest.raises(RoundAbortedError) as caught:
+            game.play(wire=wire)
+        assert caught.value.culprits == ("a",)
+        return
     outcome = game.play(wire=wire)
     assert set(outcome.faults) == {"a"}
-    game.assert_right(outcome, ("a", "b", "c") if phase == "open" else ("b", "c"))
+    in_time = phase in ("confirm", "unmask", "open")
+    game.assert_right(outcome, tuple("abcd" if in_time else "bcd"))
 
 
 @every_step
-def test_servers_survive_ten_kinds_of_garbage_from_everyone(
+def test_servers_survive_every_kind_of_garbage_from_everyone(
     small: Callable[..., Any], protocol: str, phase: str
 ) -> None:
     """When nobody sends sense, the round ends with a ProtocolError that names them."""
@@ -445,6 +588,6 @@ def test_servers_survive_ten_kinds_of_garbage_from_everyone(
 
         with pytest.raises(ProtocolError) as caught:
             game.play(wire=wire)
-        # Makers are asked one after the other while the minimum of two is still there.
-        blamed = 2 if phase == "share" else 3
+        # bfv asks makers one after the other while the minimum of two is still there.
+        blamed = 2 if (protocol, phase) == ("bfv", "share") else 3
         assert caught.value.culprits == tuple("abc"[:blamed])

@@ -76,6 +76,9 @@ def test_every_phase_out_of_order_is_refused(protocol: str, small: Callable[...,
                 continue
             if (protocol, now, phase) == ("bfv", "upload", "share"):
                 continue
+            # Sites that are not asked for shares, as they did not confirm in time, may still open.
+            if (protocol, now, phase) == ("masked-bfv", "unmask", "open"):
+                continue
             with pytest.raises(RefusedError, match="does not come now"):
                 game.protocol.step(phase, state, message, None, game.entropy("a"))
         if now is not None:

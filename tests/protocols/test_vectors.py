@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 import protocols
 from protocols import errors, messages
@@ -25,6 +28,7 @@ from protocols.identity import Roster
 from protocols.keystream import Seed
 from protocols.rounds import statement
 from protocols.sealing import ChannelKey, unseal
+from protocols.shamir import Share
 
 FOLDER = Path(__file__).resolve().parents[1] / "vectors"
 BAD = sorted(path.stem for path in FOLDER.glob("*_bad_*.json"))
@@ -101,7 +105,10 @@ def decode(given: dict[str, Any]) -> object:
 
 
 CALLS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "Sum.add": lambda given: Sum(given["slots"]).add(data(given["bytes"])),
+    "Sum.add": lambda given: Sum(
+        given["slots"], Parameters(given["plain_bits"], given["additions"])
+    ).add(data(given["bytes"])),
+    "Share.parse": lambda given: Share.parse(data(given["bytes"])),
     "SecretKey.open": open_sum,
     "unseal": open_box,
     "Roster.verify": verify,
@@ -124,7 +131,7 @@ def test_what_is_broken_is_refused_with_the_stated_error(name: str) -> None:
 
 def test_there_are_vectors() -> None:
     """An empty folder would pass everything above."""
-    assert len(BAD) >= 30
+    assert len(BAD) >= 60
     assert {vector(name)["error"] for name in BAD} == set(ERRORS)
 
 
@@ -135,7 +142,7 @@ def test_stored_ciphertexts_open_to_the_stored_slots() -> None:
     """The key of the stored seed is the key of every later version."""
     given = vector("bfv_sum")
     wires = [data(wire) for wire in given["ciphertexts"]]
-    total = Sum(len(given["slots"]))
+    total = Sum(len(given["slots"]), Parameters(given["plain_bits"], given["additions"]))
     for wire in wires:
         total.add(wire)
     assert total.to_bytes().hex() == given["sum"]
@@ -197,3 +204,77 @@ def test_stored_encoding_adds_up() -> None:
     weight = sum(given["weights"])
     sums = np.sum(given["integers"], axis=0)
     assert np.allclose(given["mean"], sums * given["weight_cap"] / (levels * weight), rtol=1e-15)
+
+
+def sha(domain: str, *fields: bytes) -> bytes:
+    """The project's digest, with hashlib alone."""
+    text = b"".join(len(field).to_bytes(8, "big") + field for field in fields)
+    return hashlib.sha256(b"securefl/1\0" + domain.encode() + b"\0" + text).digest()
+
+
+def derived(secret: bytes, purpose: str, context: bytes) -> bytes:
+    """The project's HKDF, with the cryptography library alone."""
+    info = b"securefl/1\0" + purpose.encode() + b"\0" + context
+    return HKDF(SHA256(), 32, None, info).derive(secret)
+
+
+def words(secret: bytes, purpose: str, context: bytes, count: int) -> list[str]:
+    """The first words of a keystream, with the cryptography library alone."""
+    cipher = Cipher(algorithms.AES256(derived(secret, purpose, context)), modes.CTR(bytes(16)))
+    stream = cipher.encryptor().update(bytes(8 * count))
+    return [str(int.from_bytes(stream[i : i + 8], "little")) for i in range(0, 8 * count, 8)]
+
+
+def test_stored_shares_lie_on_the_stored_polynomial() -> None:
+    """By schoolbook arithmetic modulo 2^256 + 297."""
+    given, prime = vector("shamir"), 2**256 + 297
+    drawn = [int.from_bytes(data(draw), "big") % prime for draw in given["draws"]]
+    coefficients = [int(given["secret"], 16), *drawn]
+    assert len(coefficients) == given["threshold"]
+    for x, share in given["shares"].items():
+        value = sum(c * int(x) ** power for power, c in enumerate(coefficients)) % prime
+        assert int(share, 16) == value
+        assert len(share) == 66
+
+
+def test_stored_masks_are_keystreams_of_the_shared_secret() -> None:
+    """X25519, HKDF and AES-256-CTR; the two sides differ in sign alone."""
+    given = vector("masks")
+    low, high = sorted(given["secrets"])
+    secret = X25519PrivateKey.from_private_bytes(data(given["secrets"][low])).exchange(
+        X25519PublicKey.from_public_bytes(data(given["publics"][high]))
+    )
+    context = data(given["context"])
+    about = sha("pair mask", context, low.encode(), high.encode())
+    pair = words(secret, "pair mask", about, 6)
+    assert given["pair"][low] == {"sign": 1, "words": pair}
+    assert given["pair"][high] == {"sign": -1, "words": pair}
+    seed = data(given["seed"])
+    own = words(seed, "self mask", sha("self mask", context, low.encode()), 6)
+    assert given["self"] == {"sign": 1, "words": own}
+    about = sha("commitment", data(vector("begin")["context"]), low.encode())
+    assert given["commitment"] == derived(seed, "self mask commitment", about).hex()
+
+
+def test_stored_mask_advertisement_is_signed_and_commits() -> None:
+    """The public keys of the secrets, the commitment to the seed, the site's signature."""
+    given = vector("mask_advertisement")
+    offer = messages.MaskAdvertisement.from_bytes(data(given["advertisement"]))
+    context = data(vector("begin")["context"])
+    for secret, public in (("channel_secret", offer.channel), ("mask_secret", offer.mask)):
+        key = X25519PrivateKey.from_private_bytes(data(given[secret]))
+        assert key.public_key().public_bytes_raw() == public
+    about = sha("commitment", context, offer.sender.encode())
+    assert offer.commitment == derived(data(given["seed"]), "self mask commitment", about)
+    said = (offer.channel, offer.mask, offer.commitment)
+    text = sha("statement", context, b"advertise", offer.sender.encode(), *said)
+    public_key = Ed25519PublicKey.from_public_bytes(data(given["public"]))
+    public_key.verify(offer.signature, text)
+
+
+def test_stored_released_shares_parse() -> None:
+    """One kind of share a site."""
+    given = vector("released_shares")
+    said = messages.ReleasedShares.from_bytes(data(given["bytes"]))
+    assert {item.owner: item.share.hex() for item in said.own} == given["own"]
+    assert {item.owner: item.share.hex() for item in said.mask} == given["mask"]

@@ -117,7 +117,9 @@ class Bench:
     def begin(self, number: int, state: GlobalState | None = None) -> Begin:
         """The honest beginning of that round."""
         binding = agreement.binding(self.experiment, state or self.state, self.encoding)
-        return Begin(SESSION, number, tuple(self.roster), 2, binding)
+        agreed = agreement.thresholds(self.experiment, len(self.roster))
+        cohort = tuple(self.roster)
+        return Begin(SESSION, number, cohort, agreed.minimum, agreed.threshold, binding)
 
     def request(self, number: int, phase: str, body: bytes, model: bytes = b"") -> bytes:
         return Request(SESSION, number, phase, body, model).to_bytes()

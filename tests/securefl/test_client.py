@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.catalogue import PROTOCOLS
-from protocols.messages import Begin, SealedSeed
+from protocols.messages import Begin, Confirmations, SealedSeed, Survivors
 from protocols.rounds import make_identities
 from securefl import client as client_module
 from securefl import simulation
@@ -20,6 +20,8 @@ from securefl.state import GlobalState
 from securefl.store import SiteStore
 
 BFV = ("protocol.name=bfv",)
+MASKED = ("protocol.name=masked-bfv", "sites.count=4")  # three of four are enough
+ALL = pytest.mark.parametrize("protocol", list(PROTOCOLS))
 
 
 def refused(reply: Answer | Refusal, *telling: str) -> None:
@@ -32,12 +34,12 @@ def refused(reply: Answer | Refusal, *telling: str) -> None:
 # --- one reply a phase ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 def test_the_same_request_again_gets_the_same_reply(small, bench, private, protocol):
     made = bench(small(f"protocol.name={protocol}", *private))
     last = PROTOCOLS[protocol].phases[-1]
     answered: dict[tuple[str, str], bytes] = {}
-    if protocol == "bfv":
+    if protocol != "plain":
         made.drive(1, last, lambda site, phase, request: answered.update({(site, phase): request}))
     final = made.drive(2, last)
     for site, request in final.items():
@@ -48,22 +50,25 @@ def test_the_same_request_again_gets_the_same_reply(small, bench, private, proto
         assert SiteStore(made.folder / site).last_round == 2
 
 
-def test_every_phase_of_bfv_repeats_its_reply_without_a_second_charge(small, bench, private):
-    made = bench(small(*BFV, *private))
+@ALL
+def test_every_phase_repeats_its_reply_without_a_second_charge(small, bench, private, protocol):
+    made = bench(small(f"protocol.name={protocol}", *private))
+    phases = PROTOCOLS[protocol].phases
     replies: dict[tuple[str, str], tuple[bytes, bytes]] = {}
 
     def note(site: str, phase: str, request: bytes) -> None:
         replies[site, phase] = (request, made.clients[site].answer(request))
 
-    made.drive(1, "open", note)
-    assert {phase for _, phase in replies} == {"advertise", "share", "upload"}
+    for site, request in made.drive(1, phases[-1], note).items():
+        note(site, phases[-1], request)
+    assert {phase for _, phase in replies} == set(phases)
     for (site, _), (request, reply) in replies.items():
         assert isinstance(parse_reply(reply), Answer)
         assert made.clients[site].answer(request) == reply
         assert SiteStore(made.folder / site).charged == 1
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 def test_another_request_for_an_answered_phase_is_refused(small, bench, private, protocol):
     made = bench(small(f"protocol.name={protocol}", *private))
     requests = made.drive(1, "upload")
@@ -90,10 +95,58 @@ def test_the_maker_seals_no_second_seed_and_the_opener_opens_no_second_sum(small
     )
 
 
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+@pytest.mark.parametrize("phase", ["confirm", "unmask"])
+def test_a_site_signs_one_sum_and_releases_its_shares_once(small, bench, protocol, phase):
+    """Whatever the second request says: with two answers a server could take both masks off."""
+    made = bench(small(f"protocol.name={protocol}", "sites.count=5"))
+    requests = made.drive(1, phase)
+    site = "site-2"
+    assert isinstance(made.ask(site, requests[site]), Answer)
+    body = Request.from_bytes(requests[site]).body
+    if phase == "confirm":
+        other = Survivors(tuple(s for s in made.roster if s != "site-5")).to_bytes()
+    else:
+        other = Confirmations(Confirmations.from_bytes(body).items[:-1]).to_bytes()
+    assert other != body
+    refused(made.ask(site, made.request(1, phase, other)), "another request")
+
+
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+def test_a_site_confirms_no_sum_below_the_minimum_or_without_itself(small, bench, protocol):
+    made = bench(small(f"protocol.name={protocol}", "sites.count=5"))
+    made.drive(1, "confirm")
+    for sites, telling in (
+        (("site-1", "site-2", "site-3"), "a sum of 3 is below the 4 needed"),
+        (("site-1", "site-3", "site-4", "site-5"), "leaves out site-2"),
+    ):
+        body = Survivors(sites).to_bytes()
+        refused(made.ask("site-2", made.request(1, "confirm", body)), telling)
+
+
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        ({"threshold": 3}, "2t > n + T needs at least 4"),
+        ({"threshold": 1}, "2t > n + T needs at least 4"),
+        ({"minimum": 3}, "below this site's 4"),
+        ({"threshold": 5}, "minimum 4 is below"),
+    ],
+)
+def test_a_site_takes_part_under_no_weaker_thresholds(small, bench, protocol, change, telling):
+    made = bench(small(f"protocol.name={protocol}", "sites.count=5"))
+    honest = made.begin(1)
+    fields = {name: getattr(honest, name) for name in honest.__struct_fields__}
+    body = Begin(**{**fields, **change}).to_bytes()
+    request = made.request(1, "advertise", body, made.state.to_message())
+    refused(made.ask("site-1", request), telling)
+
+
 # --- order, rounds, sessions ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 def test_old_round_numbers_are_refused(small, bench, protocol):
     made = bench(small(f"protocol.name={protocol}"))
     assert isinstance(made.ask("site-1", made.first(7)), Answer)
@@ -115,7 +168,7 @@ def test_round_numbers_that_were_charged_are_refused_after_a_restart(small, benc
     assert SiteStore(made.folder / "site-1").charged == 2
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 def test_another_session_is_refused(small, bench, protocol):
     made = bench(small(f"protocol.name={protocol}"))
     seen = Request.from_bytes(made.first(1))
@@ -123,9 +176,10 @@ def test_another_session_is_refused(small, bench, protocol):
     refused(made.ask("site-1", strange.to_bytes()), "another session")
 
 
-@pytest.mark.parametrize("phase", ["share", "upload", "open", "", "unmask"])
-def test_a_phase_out_of_order_is_refused(small, bench, private, phase):
-    made = bench(small(*BFV, *private))
+@pytest.mark.parametrize("protocol", ["bfv", "secagg", "masked-bfv"])
+@pytest.mark.parametrize("phase", ["share", "upload", "confirm", "unmask", "open", ""])
+def test_a_phase_out_of_order_is_refused(small, bench, private, protocol, phase):
+    made = bench(small(f"protocol.name={protocol}", *private))
     model = made.state.to_message()
     refused(made.ask("site-1", made.request(1, phase, b"", model)), "does not come now")
     assert SiteStore(made.folder / "site-1").charged == 0
@@ -135,7 +189,7 @@ def test_opening_before_uploading_and_advertising_twice_are_refused(small, bench
     made = bench(small(*BFV))
     made.drive(1, "share")
     refused(made.ask("site-2", made.request(1, "open", b"")), "does not come now")
-    changed = Begin(b"session of tests", 1, ("site-1", "site-2"), 2, made.begin(1).binding)
+    changed = Begin(b"session of tests", 1, ("site-1", "site-2"), 2, 1, made.begin(1).binding)
     refused(made.ask("site-2", made.request(1, "advertise", changed.to_bytes())), "another request")
 
 
@@ -145,11 +199,14 @@ def test_opening_before_uploading_and_advertising_twice_are_refused(small, bench
         ({"binding": bytes(32)}, "another model or other parameters"),
         ({"round": 9}, "another round"),
         ({"session": b"another session!"}, "another round"),
-        ({"cohort": ("site-2", "site-3")}, "site-1 is not in the cohort"),
-        ({"cohort": ("mallory", "site-1")}, "mallory is in the cohort but not in the roster"),
+        ({"cohort": ("site-2", "site-3", "site-4")}, "site-1 is not in the cohort"),
+        (
+            {"cohort": ("mallory", "site-1", "site-2")},
+            "mallory is in the cohort but not in the roster",
+        ),
     ],
 )
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 def test_a_round_that_is_not_the_expected_one_is_refused(small, bench, protocol, change, telling):
     made = bench(small(f"protocol.name={protocol}"))
     honest = made.begin(1)
@@ -162,7 +219,11 @@ def test_a_round_that_is_not_the_expected_one_is_refused(small, bench, protocol,
 
 def test_a_cohort_below_the_sites_own_minimum_is_refused(small, bench):
     made = bench(small("protocol.minimum_cohort=3"))
-    refused(made.ask("site-1", made.first(1)), "minimum cohort 2 is below this site's 3")
+    honest = made.begin(1)
+    fields = {name: getattr(honest, name) for name in honest.__struct_fields__}
+    begin = Begin(**{**fields, "minimum": 2})
+    request = made.request(1, "upload", begin.to_bytes(), made.state.to_message())
+    refused(made.ask("site-1", request), "minimum cohort 2 is below this site's 3")
 
 
 # --- the model it is shown -----------------------------------------------------------------------
@@ -196,7 +257,7 @@ def test_a_model_of_another_size_or_none_is_refused(small, bench):
 # --- charges -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 def test_the_charge_is_on_disk_before_any_sample_or_noise_is_drawn(
     small, bench, private, protocol, monkeypatch
 ):
@@ -301,9 +362,16 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-@pytest.mark.parametrize("phase", ["advertise", "share", "upload", "open"])
-def test_mutated_requests_get_a_refusal_and_change_nothing(small, bench, private, phase):
-    made = bench(small(*BFV, *private))
+@pytest.mark.parametrize(
+    ("protocol", "phase"),
+    [
+        *((BFV, phase) for phase in ("advertise", "share", "upload", "open")),
+        *((MASKED, phase) for phase in ("advertise", "share", "confirm", "unmask", "open")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0].partition("=")[2],
+)
+def test_mutated_requests_get_a_refusal_and_change_nothing(small, bench, private, protocol, phase):
+    made = bench(small(*protocol, *private))
     requests = made.drive(1, phase)
     site, honest = min(requests.items())
     store = made.folder / site / "site.json"
@@ -323,6 +391,19 @@ def test_mutated_requests_get_a_refusal_and_change_nothing(small, bench, private
         assert (store.read_bytes() if store.exists() else None) == before, data
     # A mutated round number may have moved the site on; the honest server simply begins anew.
     assert isinstance(made.ask(site, made.first(2**61)), Answer)
+
+
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+def test_mutated_relays_cost_one_charge_at_most(small, bench, private, protocol):
+    """Boxes of shares are opened only when they are needed, so a site may upload over a bad one."""
+    made = bench(small(f"protocol.name={protocol}", "sites.count=4", *private))
+    site, honest = min(made.drive(1, "upload").items())
+    rng, answered = random.Random(protocol), 0
+    body = Request.from_bytes(honest).body
+    for _ in range(300):
+        data = made.request(1, "upload", mutated(rng, body))
+        answered += isinstance(parse_reply(made.clients[site].answer(data)), Answer)
+        assert SiteStore(made.folder / site).charged == answered <= 1
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocols.catalogue import PROTOCOLS
 from securefl.config import ConfigurationError
 from securefl.records import SUMMARY
 from securefl.report import words, write_report
@@ -135,6 +136,8 @@ def test_what_a_run_wrote_cannot_become_markup(write_run: Any) -> None:
     [
         ("bfv", "ciphertexts it holds no key for", "A site that colludes with the server"),
         ("plain", "read the update of every site in the clear", "Everything"),
+        ("secagg", "masks that cancel in the sum", "sums over different sites in different rounds"),
+        ("masked-bfv", "No single secret opens an update", "the sum has no integrity"),
     ],
 )
 def test_the_protocol_is_told_with_what_it_does_not_stop(
@@ -148,9 +151,16 @@ def test_the_protocol_is_told_with_what_it_does_not_stop(
 
 
 def test_a_protocol_unknown_here_is_not_praised(write_run: Any) -> None:
-    page = Page(write_report(write_run(summary={"protocol": "secagg"})))
-    assert "Encryption: secagg" not in page.text
-    assert "secagg (this run) Not described in this version" in page.text
+    page = Page(write_report(write_run(summary={"protocol": "later"})))
+    assert "Encryption: later" not in page.text
+    assert "later (this run) Not described in this version" in page.text
+
+
+def test_every_protocol_that_can_be_chosen_is_described() -> None:
+    assert set(PROTOCOLS) == set(words.GUARANTEES)
+    for protocol in PROTOCOLS:
+        told = words.GUARANTEES[protocol]
+        assert all((told.layers, told.story, told.stops, told.fails))
 
 
 REGRESSION = {"metrics": {"test_loss": 0.4, "test_mse": 3000.0, "test_mae": 44.0, "test_r2": 0.4}}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import importlib.resources
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,16 +17,20 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from protocols import keystream
+from protocols import keystream, masks, shamir
+from protocols.catalogue import PROTOCOLS
 from protocols.identity import SigningKey
 from securefl import config, models, simulation
 from securefl.config import ConfigurationError, Experiment
 from securefl.messages import Request
 from securefl.records import Summary, read_history
+from securefl.report import words
 from securefl.runs import RunFailedError, resume, run
 from securefl.store import CorruptStoreError, SiteStore
 
-BOTH = pytest.mark.parametrize("protocol", ["plain", "bfv"])
+ALL = pytest.mark.parametrize("protocol", list(PROTOCOLS))
+BOTH = pytest.mark.parametrize("protocol", ["plain", "masked-bfv"])
+HIDING = pytest.mark.parametrize("protocol", ["bfv", "secagg", "masked-bfv"])
 
 
 def demo(*overrides: str) -> Experiment:
@@ -39,7 +45,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 # --- what is learned -----------------------------------------------------------------------------
 
 
-@BOTH
+@ALL
 def test_a_classifier_is_trained_privately_on_real_patients(tmp_path, protocol):
     done = run(
         demo("rounds=8", f"protocol.name={protocol}", "pruning.last_round=6"), tmp_path / "r"
@@ -187,16 +193,34 @@ def test_both_algorithms_learn(small, tmp_path, algorithm):
 
 
 @pytest.mark.parametrize("plan", [True, False], ids=["private", "no plan"])
-def test_plain_and_bfv_end_with_identical_weights(small, private, tmp_path, plan):
-    overrides = (*(private if plan else ()), "not_private_seed=5", "pruning.sparsity=0.5")
+@pytest.mark.parametrize("sites", [3, 5])
+def test_all_protocols_end_with_identical_weights(small, private, tmp_path, plan, sites):
+    overrides = (
+        *(private if plan else ()),
+        f"sites.count={sites}",
+        "not_private_seed=5",
+        "pruning.sparsity=0.5",
+    )
     models_ = {
         (
             run(small(*overrides, f"protocol.name={name}"), tmp_path / name).directory
             / "model.safetensors"
         ).read_bytes()
-        for name in ("plain", "bfv")
+        for name in PROTOCOLS
     }
     assert len(models_) == 1
+
+
+def test_experiments_are_masked_and_encrypted_unless_they_say_otherwise(tmp_path):
+    assert Experiment().protocol.name == demo().protocol.name == "masked-bfv"
+    assert Experiment().protocol.colluding_sites == demo().protocol.colluding_sites == 1
+
+
+@ALL
+def test_two_sites_are_enough_where_no_site_is_expected_to_collude(small, tmp_path, protocol):
+    overrides = (f"protocol.name={protocol}", "sites.count=2", "protocol.colluding_sites=0")
+    (record,) = read_history(run(small(*overrides, "rounds=1"), tmp_path / "run").directory).rounds
+    assert record.survivors == ("site-1", "site-2")
 
 
 def test_a_seeded_run_is_the_same_again_and_another_seed_is_not(small, private, tmp_path):
@@ -231,7 +255,7 @@ def local_models(experiment: Experiment) -> dict[str, tuple[int, np.ndarray]]:
     return made
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("weighting", ["uniform", "records", "declared"])
 def test_the_weighted_mean_of_unequal_sites_is_as_computed_by_hand(
     small, tmp_path, protocol, weighting
@@ -301,6 +325,21 @@ def test_declared_weights_count_only_those_who_contributed(small, tmp_path):
         (("sites.count=1",), "site"),
         (("sites.count=400",), "site"),
         (("protocol.minimum_cohort=4",), "minimum_cohort = 4"),
+        (
+            ("protocol.name=masked-bfv", "sites.count=2"),
+            "2 sites cannot withstand protocol.colluding_sites = 1: a sum needs 3 updates; "
+            "use at most 0 or bring more sites",
+        ),
+        (("protocol.name=secagg", "sites.count=2"), "use at most 0 or bring more sites"),
+        (("protocol.name=secagg", "protocol.colluding_sites=2"), "use at most 1 or bring more"),
+        (
+            ("protocol.name=masked-bfv", "sites.count=5", "protocol.minimum_cohort=3"),
+            "minimum_cohort = 3 is below the 4 that 5 sites of which 1 may collude need",
+        ),
+        (
+            ("protocol.name=masked-bfv", "sites.count=5", "protocol.minimum_cohort=6"),
+            "minimum_cohort = 6",
+        ),
         (("transcript.consent=['site-9']",), "site-9"),
         (("aggregation.algorithm=no_such_module:rule",), "no_such_module"),
         (("model.name=cnn",), "model.name"),
@@ -309,7 +348,7 @@ def test_declared_weights_count_only_those_who_contributed(small, tmp_path):
     ],
 )
 def test_what_cannot_be_run_is_one_line_and_leaves_no_file(small, tmp_path, overrides, telling):
-    with pytest.raises(ConfigurationError, match=telling.replace("[", r"\[")) as caught:
+    with pytest.raises(ConfigurationError, match=re.escape(telling)) as caught:
         run(small(*overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -408,11 +447,19 @@ def test_a_new_run_goes_to_runs_and_latest_points_at_the_newest(small, tmp_path,
 # --- nothing secret is written -------------------------------------------------------------------
 
 
-def test_nothing_secret_is_in_the_run_directory(small, private, tmp_path, monkeypatch):
-    """Every seed and key that the run drew is looked for in every file, raw and in hexadecimal."""
+@HIDING
+def test_nothing_secret_is_in_the_run_directory(small, private, tmp_path, monkeypatch, protocol):
+    """Every seed, key and share that the run drew is looked for in every file, raw and in hex.
+
+    One share of each self-mask seed a releaser is told in phase unmask, and only there.
+    """
     secrets: set[bytes] = set()
     public: set[bytes] = set()
+    own_shares: set[bytes] = set()
+    mask_seeds: set[bytes] = set()
+    mask_shares: set[bytes] = set()
     urandom, init, key = os.urandom, keystream.Seed.__init__, SigningKey.__init__
+    mask_key, split = masks.MaskKey.__init__, shamir.split
 
     def drawn(size: int) -> bytes:
         data = urandom(size)
@@ -427,24 +474,52 @@ def test_nothing_secret_is_in_the_run_directory(small, private, tmp_path, monkey
         key(self, randomness)
         secrets.add(self._private.private_bytes_raw())
 
+    def mask_keyed(self, seed) -> None:
+        mask_key(self, seed)
+        mask_seeds.add(seed._material)
+
+    def shared(secret, threshold, points, randomness):
+        shares = split(secret, threshold, points, randomness)
+        kind = mask_shares if secret._material in mask_seeds else own_shares
+        kind.update(share.reveal() for share in shares)
+        return shares
+
     monkeypatch.setattr(os, "urandom", drawn)
     monkeypatch.setattr(keystream.Seed, "__init__", seeded)
     monkeypatch.setattr(SigningKey, "__init__", keyed)
+    monkeypatch.setattr(masks.MaskKey, "__init__", mask_keyed)
+    monkeypatch.setattr(shamir, "split", shared)
     everyone = "transcript.consent=['site-1', 'site-2', 'site-3']"
     folder = run(
-        small("protocol.name=bfv", "rounds=2", *private, everyone), tmp_path / "r"
+        small(f"protocol.name={protocol}", "rounds=2", *private, everyone), tmp_path / "r"
     ).directory
     monkeypatch.undo()
 
     he_seeds = [secret for secret in secrets if len(secret) == 64]
-    assert len(he_seeds) == 2  # one a round
+    assert len(he_seeds) == (0 if protocol == "secagg" else 2)  # one a round
     assert len(secrets) > 10
-    files = [p.read_bytes() for p in folder.rglob("*") if p.is_file()]
-    assert any(session in data for data in files for session in public)  # the search finds things
-    for secret in secrets:
-        for data in files:
-            assert secret not in data
-            assert secret.hex().encode() not in data.lower()
+    assert len(mask_shares) == len(own_shares) == (0 if protocol == "bfv" else 2 * 3 * 3)
+    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert any(session in data for data in files.values() for session in public)  # it finds things
+    for secret in secrets | mask_shares:
+        for path, data in files.items():
+            assert secret not in data, path
+            assert secret.hex().encode() not in data.lower(), path
+    for share in own_shares:
+        told = {path for path, data in files.items() if share in data}
+        assert all("-unmask-" in path.name and "-up-" in path.name for path in told)
+
+
+@HIDING
+def test_the_summary_and_report_name_what_the_protocol_stops_and_does_not(
+    small, private, tmp_path, protocol
+):
+    folder = run(small(f"protocol.name={protocol}", "rounds=1", *private), tmp_path / "r").directory
+    assert json.loads((folder / "summary.json").read_text())["protocol"] == protocol
+    page = " ".join(html.unescape((folder / "report.html").read_text()).split())
+    told = words.GUARANTEES[protocol]
+    for part in (protocol, told.layers, told.story, told.stops, told.fails):
+        assert part in page, part
 
 
 def test_a_transcript_holds_exactly_what_crossed_the_wires_of_consenting_sites(small, tmp_path):
@@ -463,7 +538,8 @@ def test_a_transcript_holds_exactly_what_crossed_the_wires_of_consenting_sites(s
         return watched
 
     consent = {"site-1", "site-3"}
-    experiment = small("protocol.name=bfv", "rounds=2", "transcript.consent=['site-1', 'site-3']")
+    consenting = "transcript.consent=['site-1', 'site-3']"
+    experiment = small("protocol.name=masked-bfv", "rounds=2", consenting)
     folder = run(experiment, tmp_path / "run", exchange=watch).directory / "transcript"
     index = [json.loads(x) for x in (folder / "index.jsonl").read_text().splitlines()]
     told = [
@@ -540,7 +616,7 @@ def seeded(small, private):
     """Six private rounds of the seeded, not private mode."""
     return small(
         *private,
-        "protocol.name=bfv",
+        "protocol.name=masked-bfv",
         "not_private_seed=11",
         "rounds=6",
         "privacy.spare_rounds=30",
@@ -680,8 +756,10 @@ print(attempt(), kills)
 """
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(seeded, tmp_path, seed):
+@pytest.mark.parametrize(("protocol", "seed"), [("bfv", 1), ("masked-bfv", 2)])
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(seeded, tmp_path, protocol, seed):
+    chosen = seeded.protocol.model_copy(update={"name": protocol})
+    seeded = seeded.model_copy(update={"protocol": chosen})
     whole = run(seeded, tmp_path / "whole").directory
     folder, log = tmp_path / "run", tmp_path / "vectors"
     (tmp_path / "trial.toml").write_text(seeded.dump())

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
 
+from protocols.bfv import SecretKey
+from protocols.catalogue import PROTOCOLS
 from protocols.errors import RoundAbortedError
-from protocols.messages import Advertisement, Advertisements, Begin, SealedSeeds, Upload
+from protocols.identity import SigningKey
+from protocols.keystream import Seed
+from protocols.messages import (
+    Advertisement,
+    Advertisements,
+    Begin,
+    MaskAdvertisement,
+    MaskAdvertisements,
+    RelayedSecrets,
+    SealedSeeds,
+    SharedSecrets,
+    Upload,
+)
 from securefl import agreement
 from securefl.messages import Answer, Refusal, Request, parse_reply
 from securefl.records import read_history
@@ -16,6 +32,8 @@ from securefl.runs import RunFailedError, run
 from securefl.server import Server
 from securefl.state import GlobalState
 from securefl.store import SiteStore
+
+ALL = pytest.mark.parametrize("protocol", list(PROTOCOLS))
 
 
 class Malicious:
@@ -86,14 +104,14 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 @pytest.mark.parametrize("fault", SPOILT)
 def test_a_malicious_site_falls_out_with_a_reason_and_the_run_goes_on(
     small, tmp_path, protocol, fault
 ):
     spoil, telling = SPOILT[fault]
     done = run(
-        small(f"protocol.name={protocol}", "rounds=2"),
+        small(f"protocol.name={protocol}", "protocol.colluding_sites=0", "rounds=2"),
         tmp_path / "run",
         clients={"site-2": lambda client: Malicious(client, spoil)},
     )
@@ -107,11 +125,11 @@ def test_a_malicious_site_falls_out_with_a_reason_and_the_run_goes_on(
     assert done.summary.stopped == "round budget"
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@ALL
 def test_a_site_that_replays_its_older_upload_falls_out(small, tmp_path, protocol):
     spoil = replay()
     done = run(
-        small(f"protocol.name={protocol}", "rounds=3"),
+        small(f"protocol.name={protocol}", "protocol.colluding_sites=0", "rounds=3"),
         tmp_path / "run",
         clients={"site-2": lambda client: Malicious(client, spoil)},
     )
@@ -120,6 +138,18 @@ def test_a_site_that_replays_its_older_upload_falls_out(small, tmp_path, protoco
     for record in later:
         assert record.survivors == ("site-1", "site-3")
         assert "signature of site-2" in record.dropouts["site-2"]
+
+
+def begin_of(client) -> Begin:
+    """The beginning of the round that the client is in, wherever its state keeps it."""
+    state = client._round.protocol_state
+    while not hasattr(state, "begin"):
+        state = next(
+            getattr(state, name)
+            for name in ("masked", "uploaded", "shared", "secrets")
+            if hasattr(state, name)
+        )
+    return state.begin
 
 
 def resigned(client, change: Callable[[Upload], bytes]) -> Callable[[str, bytes], bytes]:
@@ -131,7 +161,7 @@ def resigned(client, change: Callable[[Upload], bytes]) -> Callable[[str, bytes]
             return reply
         upload = Upload.from_bytes(Answer.from_bytes(reply).body)
         payload = change(upload)
-        context = client._round.protocol_state.begin.context
+        context = begin_of(client).context
         said = statement(context, "upload", upload.sender, upload.key, payload)
         signature = client._identity.key.sign(said)
         return Answer(changed(upload, payload=payload, signature=signature).to_bytes()).to_bytes()
@@ -151,15 +181,53 @@ def resigned(client, change: Callable[[Upload], bytes]) -> Callable[[str, bytes]
     ],
     ids=["a byte short", "a byte more", "empty", "half", "twice", "coefficients beyond q"],
 )
-def test_a_signed_ciphertext_that_is_malformed_falls_out(small, tmp_path, change):
+@pytest.mark.parametrize("protocol", ["bfv", "masked-bfv"])
+def test_a_signed_ciphertext_that_is_malformed_falls_out(small, tmp_path, protocol, change):
+    # With 17 bits a slot is wide enough that little is cut off a coefficient: then all ones is not
+    # below q. Where 16 bits are cut, every pattern is some coefficient.
     done = run(
-        small("protocol.name=bfv", "rounds=2"),
+        small(
+            f"protocol.name={protocol}",
+            "protocol.colluding_sites=0",
+            "protocol.bits=17",
+            "rounds=2",
+        ),
         tmp_path / "run",
         clients={"site-2": lambda client: Malicious(client, resigned(client, change))},
     )
     for record in read_history(done.directory).rounds:
         assert record.survivors == ("site-1", "site-3")
         assert record.dropouts["site-2"].startswith("upload: ")
+
+
+@pytest.mark.parametrize("protocol", ["bfv", "masked-bfv"])
+def test_a_well_formed_foreign_ciphertext_spoils_the_round_but_yields_no_sum(
+    small, tmp_path, protocol
+):
+    """Nobody can tell which site sent it: under the masks and the key it looks like any other."""
+
+    def foreign(upload: Upload) -> bytes:
+        return upload.payload[:-200] + bytes(reversed(upload.payload[-200:]))
+
+    with pytest.raises(RunFailedError, match=r"no site opened the sum.*the sum counts") as caught:
+        run(
+            small(f"protocol.name={protocol}", "rounds=1"),
+            tmp_path / "run",
+            clients={"site-2": lambda client: Malicious(client, resigned(client, foreign))},
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_masked_vector_of_another_kind_spoils_the_round_but_yields_no_sum(small, tmp_path):
+    def foreign(upload: Upload) -> bytes:
+        return bytes(len(upload.payload))
+
+    with pytest.raises(RunFailedError, match="the opened sum counts"):
+        run(
+            small("protocol.name=secagg", "rounds=1"),
+            tmp_path / "run",
+            clients={"site-2": lambda client: Malicious(client, resigned(client, foreign))},
+        )
 
 
 @pytest.mark.parametrize("site", ["site-1", "site-2", "site-3"])
@@ -178,6 +246,96 @@ def test_any_one_site_may_vanish_in_any_phase(small, tmp_path, site, phase):
         assert (site in record.survivors) == counted
         assert (site in record.dropouts) == (not counted)
     assert done.summary.rounds == 2
+
+
+def _vanishings() -> list[tuple[str, str, str]]:
+    return [
+        (name, site, phase)
+        for name in ("secagg", "masked-bfv")
+        for site in ("site-1", "site-3")
+        for phase in PROTOCOLS[name].phases
+        if (name, site, phase) != ("masked-bfv", "site-1", "share")  # it makes the HE seed
+    ]
+
+
+@pytest.mark.parametrize(("protocol", "site", "phase"), _vanishings())
+def test_a_masked_sum_is_exact_although_a_site_vanishes(small, tmp_path, protocol, site, phase):
+    """One of four may vanish anywhere: the model is that of a plain run over the same sites."""
+    seeded = ("sites.count=4", "not_private_seed=5", "rounds=1")
+    done = run(
+        small(f"protocol.name={protocol}", *seeded),
+        tmp_path / "run",
+        clients={site: lambda client: Malicious(client, vanish(phase))},
+    )
+    (record,) = read_history(done.directory).rounds
+    counted = phase in ("confirm", "unmask", "open")
+    assert (site in record.survivors) == counted
+    assert (site in record.dropouts) == (not counted)
+    lost = {} if counted else {site: lambda client: Malicious(client, vanish("upload"))}
+    plain = run(small("protocol.name=plain", *seeded), tmp_path / "plain", clients=lost)
+    assert weights(done) == weights(plain)
+
+
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+def test_two_of_five_may_vanish_in_different_phases(small, tmp_path, protocol):
+    seeded = ("sites.count=5", "protocol.colluding_sites=0", "not_private_seed=5", "rounds=2")
+    gone = {"site-2": "share", "site-5": "upload"}
+
+    def lost(phases: Mapping[str, str]):
+        return {s: lambda client, p=p: Malicious(client, vanish(p)) for s, p in phases.items()}
+
+    done = run(small(f"protocol.name={protocol}", *seeded), tmp_path / "run", clients=lost(gone))
+    plain = run(
+        small("protocol.name=plain", *seeded),
+        tmp_path / "plain",
+        clients=lost(dict.fromkeys(gone, "upload")),
+    )
+    for record in read_history(done.directory).rounds:
+        assert record.survivors == ("site-1", "site-3", "site-4")
+        assert set(record.dropouts) == set(gone)
+    assert weights(done) == weights(plain)
+
+
+def test_a_maker_of_the_seed_that_vanishes_once_costs_one_round(small, tmp_path):
+    done = run(
+        small("protocol.name=masked-bfv", "sites.count=4", "rounds=2"),
+        tmp_path / "run",
+        exchange=lose({1}, "share", {"site-1"}),
+    )
+    assert done.summary.aborted_rounds == (1,)
+    assert all(len(r.survivors) == 4 for r in read_history(done.directory).rounds)
+
+
+def test_a_maker_of_the_seed_that_never_answers_ends_the_run_by_name(small, tmp_path):
+    with pytest.raises(RunFailedError, match="site-1 was to make the HE seed and is gone"):
+        run(
+            small("protocol.name=masked-bfv", "sites.count=4", "rounds=2"),
+            tmp_path / "run",
+            clients={"site-1": lambda client: Malicious(client, vanish("share"))},
+        )
+
+
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+@pytest.mark.parametrize(
+    ("phase", "telling"),
+    [
+        ("advertise", "3 sites advertised their keys, 4 needed"),
+        ("share", "3 sites shared their secrets, 4 needed"),
+        ("upload", "3 uploads, 4 needed"),
+        ("confirm", "3 sites confirmed the sum, 4 needed"),
+        ("unmask", "3 sites released shares, 4 needed"),
+    ],
+)
+def test_too_few_sites_are_no_sum_and_the_reason_is_told(small, tmp_path, protocol, phase, telling):
+    with pytest.raises(RunFailedError, match=telling) as caught:
+        run(
+            small(f"protocol.name={protocol}", "sites.count=5", "rounds=2"),
+            tmp_path / "run",
+            exchange=lose(set(range(1, 9)), phase, {"site-2", "site-4"}),
+        )
+    assert "\n" not in str(caught.value)
+    assert f"site-2: no reply in phase {phase}" in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_refusal_is_told_as_the_reason(small, tmp_path):
@@ -321,18 +479,28 @@ def other_model(request: Request, experiment, roster_size: int, consistent: bool
         begin = Begin.from_bytes(body)
         encoding = agreement.encoding(experiment, roster_size)
         binding = agreement.binding(experiment, other, encoding)
-        body = Begin(begin.session, begin.round, begin.cohort, begin.minimum, binding).to_bytes()
+        fields = {name: getattr(begin, name) for name in begin.__struct_fields__}
+        body = Begin(**{**fields, "binding": binding}).to_bytes()
     model = other.to_message()
     return Request(request.session, request.round, request.phase, body, model).to_bytes()
 
 
 @pytest.mark.parametrize(
-    ("protocol", "consistent"), [("plain", False), ("bfv", False), ("bfv", True)]
+    ("protocol", "consistent"),
+    [
+        ("plain", False),
+        ("bfv", False),
+        ("bfv", True),
+        ("secagg", False),
+        ("secagg", True),
+        ("masked-bfv", False),
+        ("masked-bfv", True),
+    ],
 )
 def test_a_server_that_shows_one_site_other_weights_gets_no_upload_from_it(
     small, tmp_path, protocol, consistent
 ):
-    experiment = small(f"protocol.name={protocol}", "rounds=2")
+    experiment = small(f"protocol.name={protocol}", "protocol.colluding_sites=0", "rounds=2")
     uploads: list[bytes] = []
 
     def active(exchange):
@@ -372,18 +540,38 @@ def test_the_maker_seals_no_seed_for_a_site_that_was_shown_other_weights(small, 
     assert "signature of site-2" in reply.reason
 
 
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+def test_no_site_shares_secrets_with_one_that_was_shown_other_weights(small, bench, protocol):
+    """Each site refuses by itself, whatever the server relays."""
+    made = bench(small(f"protocol.name={protocol}"))
+    items = []
+    for site in ("site-1", "site-2", "site-3"):
+        data = made.first(1)
+        if site == "site-2":
+            data = other_model(Request.from_bytes(data), made.experiment, 3, True)
+        reply = made.ask(site, data)
+        assert isinstance(reply, Answer)
+        items.append(MaskAdvertisement.from_bytes(reply.body))
+    share = made.request(1, "share", MaskAdvertisements(tuple(items)).to_bytes())
+    for site, blamed in (("site-1", "site-2"), ("site-3", "site-2"), ("site-2", "site-1")):
+        reply = made.ask(site, share)
+        assert isinstance(reply, Refusal)
+        assert f"signature of {blamed}" in reply.reason
+
+
 def test_an_opener_opens_no_sum_of_one(small, bench):
     """An active server may swap what it asks to be opened, but not count one site as a sum."""
     made = bench(small("protocol.name=bfv"))
     requests = made.drive(1, "upload")
     uploads = {site: made.ask(site, request) for site, request in requests.items()}
-    from protocols.bfv import Sum
+    from protocols.bfv import Parameters, Sum
     from protocols.messages import SumToOpen
 
     upload = Upload.from_bytes(uploads["site-2"].body)
-    total = Sum(made.encoding.slots(made.state.surviving))
+    parameters = Parameters(made.encoding.plain_bits, made.encoding.cohort)
+    total = Sum(made.encoding.slots(made.state.surviving), parameters)
     total.add(upload.payload)
-    asked = SumToOpen(("site-1", "site-2"), total.to_bytes()).to_bytes()
+    asked = SumToOpen(("site-1", "site-2"), (), total.to_bytes()).to_bytes()
     reply = made.ask("site-1", made.request(1, "open", asked))
     assert isinstance(reply, Refusal)
     assert "sum of 2" in reply.reason
@@ -409,8 +597,9 @@ def test_weights_that_are_not_finite_get_no_upload(small, tmp_path, value):
         run(small("rounds=1"), tmp_path / "run", exchange=poison)
 
 
-def test_the_server_counts_what_crossed_its_wire(small, bench):
-    made = bench(small("protocol.name=bfv"))
+@ALL
+def test_the_server_counts_what_crossed_its_wire(small, bench, protocol):
+    made = bench(small(f"protocol.name={protocol}"))
     sent: dict[str, int] = {}
     came: dict[str, int] = {}
 
@@ -430,7 +619,7 @@ def test_the_server_counts_what_crossed_its_wire(small, bench):
     )
     result = server.round(1, made.state)
     assert result.number == 1
-    assert entered == [(1, p) for p in ("advertise", "share", "upload", "open")]
+    assert entered == [(1, phase) for phase in PROTOCOLS[protocol].phases]
     assert dict(result.traffic.bytes_down) == sent
     assert dict(result.traffic.bytes_up) == came
     assert sum(result.traffic.upload_bytes.values()) == came["upload"]
@@ -447,8 +636,9 @@ def test_a_server_without_answers_aborts_with_the_reasons(small, bench):
         silent.round(1, made.state)
 
 
-def test_the_model_is_sent_in_the_first_phase_only(small, bench):
-    made = bench(small("protocol.name=bfv"))
+@pytest.mark.parametrize("protocol", ["bfv", "secagg", "masked-bfv"])
+def test_the_model_is_sent_in_the_first_phase_only(small, bench, protocol):
+    made = bench(small(f"protocol.name={protocol}"))
     with_model: dict[str, set[bool]] = {}
 
     def exchange(phase: str, messages: Mapping[str, bytes]) -> Mapping[str, bytes]:
@@ -460,7 +650,7 @@ def test_the_model_is_sent_in_the_first_phase_only(small, bench):
         1, made.state
     )
     assert with_model.pop("advertise") == {True}
-    assert set(with_model) == {"share", "upload", "open"}
+    assert set(with_model) == set(PROTOCOLS[protocol].phases[1:])
     assert all(shown == {False} for shown in with_model.values())
 
 
@@ -486,3 +676,93 @@ def test_a_maker_that_seals_a_wrong_seed_is_found_out_by_the_sites(small, tmp_pa
     (record,) = read_history(done.directory).rounds
     assert record.survivors == ("site-2", "site-3")  # the next one made the seed
     assert record.dropouts["site-1"].startswith("share: ")
+
+
+def test_a_maker_that_seals_a_wrong_seed_gets_no_upload_from_the_others(small, bench):
+    """masked-bfv: the seed is checked before anything is trained; the maker can silence sites."""
+    made = bench(small("protocol.name=masked-bfv", "sites.count=4"))
+    said = {}
+    requests = made.drive(1, "share")
+    for site, request in requests.items():
+        reply = made.ask(site, request)
+        assert isinstance(reply, Answer)
+        said[site] = SharedSecrets.from_bytes(reply.body)
+    boxes = {item.receiver: item for item in said["site-1"].seeds}
+    honest = boxes["site-3"]
+    fields = {name: getattr(honest, name) for name in honest.__struct_fields__}
+    for spoilt, telling in (
+        ({"box": boxes["site-2"].box}, "signature of site-1"),
+        ({"key": bytes(32)}, "signature of site-1"),
+        ({"receiver": "site-2"}, "sealed for site-2"),
+        ({"maker": "site-2"}, "site-1 makes the seed of this round"),
+    ):
+        shares = tuple(i for s, x in said.items() for i in x.shares if i.receiver == "site-3")
+        relayed = RelayedSecrets(shares, (type(honest)(**{**fields, **spoilt}),))
+        reply = made.ask("site-3", made.request(1, "upload", relayed.to_bytes()))
+        assert isinstance(reply, Refusal)
+        assert telling in reply.reason
+
+
+# --- what the server holds -----------------------------------------------------------------------
+
+
+def reachable(*roots: object) -> list[object]:
+    """Every object that can be reached from `roots`, without modules, classes and functions."""
+    seen: dict[int, object] = {}
+    waiting = list(roots)
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, ModuleType | type | FunctionType):
+            continue
+        seen[id(item)] = item
+        waiting.extend(gc.get_referents(item))
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("protocol", ["bfv", "masked-bfv"])
+def test_the_server_never_holds_the_he_seed_or_a_key(small, bench, protocol, monkeypatch):
+    """Everything reachable from the server is searched in every phase and after the round."""
+    drawn: list[bytes] = []
+    init = Seed.__init__
+
+    def noted(self, material: bytes) -> None:
+        drawn.append(bytes(material))
+        init(self, material)
+
+    monkeypatch.setattr(Seed, "__init__", noted)
+    made = bench(small(f"protocol.name={protocol}", "sites.count=4"))
+    drawn.clear()
+    found: list[str] = []
+
+    def look(where: str, *roots: object) -> set[str]:
+        held = reachable(*roots)
+        said = {type(item).__name__ for item in held if isinstance(item, SecretKey | SigningKey)}
+        seeds = {data for data in drawn if len(data) == 64}
+        raw = [item for item in held if isinstance(item, bytes | bytearray)]
+        return said | {where for data in seeds for item in raw if data in item}
+
+    def exchange(phase: str, messages: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        replies = {site: made.clients[site].answer(data) for site, data in messages.items()}
+        found.extend(look(phase, messages, replies))
+        return replies
+
+    steps = PROTOCOLS[protocol].server(
+        made.begin(1), made.roster, made.encoding, made.state.surviving, None
+    )
+    asked = next(steps)
+    model = made.state.to_message()
+    while True:
+        requests = {s: made.request(1, asked.phase, b, model) for s, b in asked.messages.items()}
+        replies = {s: parse_reply(r).body for s, r in exchange(asked.phase, requests).items()}
+        if asked.phase == "open":
+            clients = [made.clients[s]._round for s in sorted(made.roster) if s not in requests]
+            assert "SecretKey" in look("a site", *clients)  # the search finds what is there
+        model = b""
+        try:
+            asked = steps.send(replies)
+        except StopIteration as done:
+            found.extend(look("outcome", done.value))
+            break
+        found.extend(look(asked.phase, steps, asked))
+    assert [len(data) for data in set(drawn) if len(data) == 64] == [64]
+    assert found == []

@@ -17,23 +17,42 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from protocols import bfv_sum, plain
-from protocols.bfv import BLOCK_BYTES, MODULUS, MODULUS_BITS, SEED_BYTES, Parameters, SecretKey, Sum
+from protocols import bfv_sum, masks, plain, secagg, shamir
+from protocols.bfv import MODULUS, SEED_BYTES, Parameters, SecretKey, Sum
 from protocols.bitpacking import pack, unpack
 from protocols.encoding import FixedPoint
 from protocols.identity import Identity, Roster, SigningKey, digest
 from protocols.keystream import Keystream, Seed
-from protocols.messages import Advertisement, Advertisements, Begin, SealedSeeds, SumToOpen, Upload
+from protocols.masks import MaskKey
+from protocols.messages import (
+    Advertisement,
+    Advertisements,
+    Begin,
+    Confirmation,
+    Confirmations,
+    MaskAdvertisement,
+    MaskAdvertisements,
+    RelayedSecrets,
+    ReleasedShare,
+    ReleasedShares,
+    SealedSeeds,
+    SealedShares,
+    SharedSecrets,
+    SumToOpen,
+    Survivors,
+    Upload,
+)
 from protocols.rounds import Expected, statement
 from protocols.sealing import ChannelKey, seal
 
 HERE = Path(__file__).resolve().parent
 MATERIAL = bytes(range(64))
 SITES = ("clinic-a", "clinic-b", "clinic-c")
-BEGIN = Begin(bytes(range(16)), 5, SITES, 2, bytes(range(32, 64)))
+BEGIN = Begin(bytes(range(16)), 5, SITES, 2, 2, bytes(range(32, 64)))
 ENCODING = FixedPoint(8, 1.0, 3, 30, weight_cap=4, weight_slot=True)
 VALUES = (0.0, 1.0, -1.0, 0.5, -0.5, 0.001, -0.001, 3.0, -3.0, 0.3333333333333333, 0.75)
-BFV_SLOTS, BFV_BITS = 20, 33
+BFV_SLOTS, BFV_BITS = 20, 44
+BFV = Parameters(BFV_BITS, len(SITES))
 WIDTHS = (1, 5, 8, 20, 33, 54, 64)
 
 Vectors = dict[str, dict[str, Any]]
@@ -83,6 +102,7 @@ def known_answers() -> Vectors:
             "round": BEGIN.round,
             "cohort": SITES,
             "minimum": BEGIN.minimum,
+            "threshold": BEGIN.threshold,
             "binding": BEGIN.binding.hex(),
             "bytes": BEGIN.to_bytes().hex(),
             "context": BEGIN.context.hex(),
@@ -92,6 +112,10 @@ def known_answers() -> Vectors:
         "plain_upload": plain_upload(),
         "bfv_sealed_seeds": sealed_seeds(),
         "bfv_sum": bfv(),
+        "shamir": shamir_shares(),
+        "masks": mask_streams(),
+        "mask_advertisement": mask_advertisement(),
+        "released_shares": released(),
     }
 
 
@@ -190,11 +214,75 @@ def sealed_seeds() -> dict[str, Any]:
     return {"advertisements": shown.to_bytes().hex(), "sealed_seeds": reply.hex()}
 
 
+def shamir_shares() -> dict[str, Any]:
+    """A secret in five shares, any three of which recover it."""
+    draws = stream("coefficients").bytes
+    shares = shamir.split(Seed(MATERIAL[:32]), 3, 5, draws)
+    return {
+        "secret": MATERIAL[:32].hex(),
+        "threshold": 3,
+        "draws": [
+            draw.hex() for draw in (stream("coefficients").bytes(96)[i : i + 48] for i in (0, 48))
+        ],
+        "shares": {str(x): share.reveal().hex() for x, share in enumerate(shares, 1)},
+    }
+
+
+def mask_streams() -> dict[str, Any]:
+    """A pair's mask from either side, a self mask and its commitment: the first words of each."""
+    one, other = (MaskKey.draw(stream(f"mask key of {site}").bytes) for site in SITES[:2])
+    seed = Seed(stream("self mask").bytes(32))
+    pairs = {
+        SITES[0]: one.pair(SITES[0], SITES[1], other.public, b"context"),
+        SITES[1]: other.pair(SITES[1], SITES[0], one.public, b"context"),
+    }
+    sign, own = masks.own(seed, SITES[0], b"context")
+    return {
+        "context": b"context".hex(),
+        "secrets": {site: stream(f"mask key of {site}").bytes(32).hex() for site in SITES[:2]},
+        "publics": {SITES[0]: one.public.hex(), SITES[1]: other.public.hex()},
+        "pair": {
+            site: {"sign": sign, "words": [str(word) for word in mask.words(6)]}
+            for site, (sign, mask) in pairs.items()
+        },
+        "seed": stream("self mask").bytes(32).hex(),
+        "self": {"sign": sign, "words": [str(word) for word in own.words(6)]},
+        "commitment": masks.commitment(seed, SITES[0], BEGIN.context).hex(),
+    }
+
+
+def mask_advertisement() -> dict[str, Any]:
+    """What one site advertises under secagg and masked-bfv, with fixed randomness."""
+    mine = expected(SITES[0], secagg.slot_bits(3))
+    randomness = stream("secrets of clinic-a").bytes
+    _, reply = secagg.client_step1(mine, BEGIN.to_bytes(), randomness)
+    channel, mask, seed = (stream("secrets of clinic-a").bytes(96)[i : i + 32] for i in (0, 32, 64))
+    return {
+        "begin": BEGIN.to_bytes().hex(),
+        "public": mine.identity.key.public.hex(),
+        "channel_secret": channel.hex(),
+        "mask_secret": mask.hex(),
+        "seed": seed.hex(),
+        "advertisement": reply.hex(),
+    }
+
+
+def released() -> dict[str, Any]:
+    """Shares released in phase unmask when the third site is out of the sum."""
+    share = stream("share").bytes(32)
+    own = tuple(ReleasedShare(site, b"\0" + share) for site in SITES[:2])
+    lost = (ReleasedShare(SITES[2], b"\1" + bytes(32)),)
+    return {
+        "own": {item.owner: item.share.hex() for item in own},
+        "mask": {item.owner: item.share.hex() for item in lost},
+        "bytes": ReleasedShares(SITES[0], own, lost, bytes(64)).to_bytes().hex(),
+    }
+
+
 @cache
 def bfv() -> dict[str, Any]:
     """Stored ciphertexts under the key of a fixed seed, their sum, and what it opens to."""
-    parameters = Parameters(BFV_BITS, 3)
-    key = SecretKey(Seed(MATERIAL), parameters)
+    key = SecretKey(Seed(MATERIAL), BFV)
     slots = [
         stream(f"slots {i}").words(BFV_SLOTS) >> np.uint64(64 - BFV_BITS) for i in range(len(SITES))
     ]
@@ -203,7 +291,7 @@ def bfv() -> dict[str, Any]:
         wires = [bytes.fromhex(wire) for wire in json.loads(stored.read_text())["ciphertexts"]]
     else:
         wires = [bytes(key.encrypt([vector])) for vector in slots]
-    total = Sum(BFV_SLOTS)
+    total = Sum(BFV_SLOTS, BFV)
     for wire in wires:
         total.add(wire)
     opened = key.open(total.to_bytes(), BFV_SLOTS, len(wires))
@@ -212,8 +300,8 @@ def bfv() -> dict[str, Any]:
         raise SystemExit("bfv_sum.json: the stored ciphertexts no longer open to their slots")
     return {
         "seed": MATERIAL.hex(),
-        "plain_bits": parameters.plain_bits,
-        "additions": parameters.additions,
+        "plain_bits": BFV.plain_bits,
+        "additions": BFV.additions,
         "ciphertexts": [wire.hex() for wire in wires],
         "sum": total.to_bytes().hex(),
         "slots": opened.tolist(),
@@ -244,7 +332,15 @@ def bad_messages() -> Vectors:
     seeds = SealedSeeds.from_bytes(bytes.fromhex(sealed_seeds()["sealed_seeds"]))
     first, second, third = seeds.items
     other_key = msgspec.structs.replace(second, key=bytes(32))
-    to_open = SumToOpen(SITES, b"sum")
+    confirmations = tuple(Confirmation(site, bytes(64)) for site in SITES)
+    to_open = SumToOpen(SITES, confirmations, b"sum")
+    offer = MaskAdvertisement.from_bytes(bytes.fromhex(mask_advertisement()["advertisement"]))
+    offers = MaskAdvertisements((offer, msgspec.structs.replace(offer, sender=SITES[1])))
+    boxes = tuple(SealedShares(SITES[0], site, bytes(94)) for site in SITES[1:])
+    shared = SharedSecrets(boxes, (), bytes(64))
+    relayed = RelayedSecrets(tuple(SealedShares(s, SITES[0], bytes(94)) for s in SITES[1:]), ())
+    shares = ReleasedShares.from_bytes(bytes.fromhex(released()["bytes"]))
+    survivors = Survivors(SITES)
     return {
         "begin_bad_unsorted_cohort": bad_message(
             "the cohort is not in order", "Begin", changed(BEGIN, cohort=SITES[::-1])
@@ -257,6 +353,12 @@ def bad_messages() -> Vectors:
         ),
         "begin_bad_minimum_above_cohort": bad_message(
             "nobody could ever answer", "Begin", changed(BEGIN, minimum=4)
+        ),
+        "begin_bad_threshold_of_zero": bad_message(
+            "nobody would have to agree", "Begin", changed(BEGIN, threshold=0)
+        ),
+        "begin_bad_threshold_above_cohort": bad_message(
+            "no mask could ever be taken off", "Begin", changed(BEGIN, threshold=4)
         ),
         "begin_bad_round_zero": bad_message(
             "rounds count from one", "Begin", changed(BEGIN, round=0)
@@ -296,24 +398,109 @@ def bad_messages() -> Vectors:
         "sum_to_open_bad_single_contributor": bad_message(
             "an update, not a sum", "SumToOpen", changed(to_open, contributors=SITES[:1])
         ),
+        "sum_to_open_bad_repeated_confirmation": bad_message(
+            "one site confirms for two",
+            "SumToOpen",
+            changed(to_open, confirmations=(confirmations[0], *confirmations)),
+        ),
+        "mask_advertisements_bad_repeated_site": bad_message(
+            "two pairs of keys of one site",
+            "MaskAdvertisements",
+            changed(offers, items=(offer, *offers.items)),
+        ),
+        "mask_advertisements_bad_unsorted": bad_message(
+            "not in order", "MaskAdvertisements", changed(offers, items=offers.items[::-1])
+        ),
+        "mask_advertisement_bad_short_commitment": bad_message(
+            "31 bytes of commitment",
+            "MaskAdvertisement",
+            changed(offer, commitment=offer.commitment[:-1]),
+        ),
+        "shared_secrets_bad_two_senders": bad_message(
+            "boxes in two names",
+            "SharedSecrets",
+            changed(shared, shares=(boxes[0], SealedShares(SITES[1], SITES[2], bytes(94)))),
+        ),
+        "shared_secrets_bad_repeated_receiver": bad_message(
+            "two boxes for one site", "SharedSecrets", changed(shared, shares=(boxes[0], *boxes))
+        ),
+        "shared_secrets_bad_two_seeds": bad_message(
+            "sites would hold different keys",
+            "SharedSecrets",
+            changed(shared, seeds=(first, other_key, third)),
+        ),
+        "relayed_secrets_bad_repeated_sender": bad_message(
+            "two boxes of one site",
+            "RelayedSecrets",
+            changed(relayed, shares=(relayed.shares[0], *relayed.shares)),
+        ),
+        "relayed_secrets_bad_two_seeds": bad_message(
+            "two HE seeds for one site", "RelayedSecrets", changed(relayed, seeds=(first, second))
+        ),
+        "sealed_shares_bad_box_length": bad_message(
+            "a box of one share only", "SealedShares", changed(boxes[0], box=bytes(61))
+        ),
+        "survivors_bad_unsorted": bad_message(
+            "not in order", "Survivors", changed(survivors, sites=SITES[::-1])
+        ),
+        "survivors_bad_repeated_site": bad_message(
+            "an update counted twice", "Survivors", changed(survivors, sites=(SITES[0], *SITES))
+        ),
+        "survivors_bad_single_site": bad_message(
+            "an update, not a sum", "Survivors", changed(survivors, sites=SITES[:1])
+        ),
+        "confirmations_bad_repeated_site": bad_message(
+            "one site confirms for two",
+            "Confirmations",
+            changed(Confirmations(confirmations), items=(confirmations[0], *confirmations)),
+        ),
+        "confirmations_bad_none": bad_message(
+            "nobody confirms", "Confirmations", changed(Confirmations(confirmations), items=())
+        ),
+        "released_shares_bad_both_shares_of_a_site": bad_message(
+            "both shares of one site take both of its masks off: never",
+            "ReleasedShares",
+            changed(shares, mask=(ReleasedShare(SITES[1], bytes(33)), *shares.mask)),
+        ),
+        "released_shares_bad_repeated_owner": bad_message(
+            "two shares of one seed from one site",
+            "ReleasedShares",
+            changed(shares, own=(shares.own[0], *shares.own)),
+        ),
+        "released_shares_bad_unsorted": bad_message(
+            "not in order", "ReleasedShares", changed(shares, own=shares.own[::-1])
+        ),
+        "released_shares_bad_short_share": bad_message(
+            "32 bytes of share",
+            "ReleasedShares",
+            changed(shares, mask=(["ReleasedShare", SITES[2], bytes(32)],)),
+        ),
     }
 
 
 def with_coefficient(wire: bytes, index: int, value: int) -> bytes:
     """A ciphertext with one coefficient replaced."""
-    c0 = unpack(np.frombuffer(wire[SEED_BYTES:], np.uint8), BFV_SLOTS, MODULUS_BITS)
+    c0 = unpack(np.frombuffer(wire[SEED_BYTES:], np.uint8), BFV_SLOTS, BFV.upload_bits)
     c0[index] = value
-    return wire[:SEED_BYTES] + pack(c0, MODULUS_BITS).tobytes()
+    return wire[:SEED_BYTES] + pack(c0, BFV.upload_bits).tobytes()
+
+
+def no_coefficient(cut: int) -> int:
+    """The least number that is not the high bits of a coefficient below q."""
+    return ((MODULUS - 1 + (1 << cut >> 1)) >> cut) + 1
 
 
 def bad_ciphertexts() -> Vectors:
     """Ciphertexts, sums and openings with one broken part each."""
     stored = bfv()
     wire, total = bytes.fromhex(stored["ciphertexts"][0]), bytes.fromhex(stored["sum"])
-    swapped = with_coefficient(total[-SEED_BYTES:] + total[: -3 * SEED_BYTES], 3, MODULUS)
+    packed = np.frombuffer(total[: -3 * SEED_BYTES], np.uint8)
+    broken = unpack(packed, BFV_SLOTS, BFV.sum_bits)
+    broken[3] = no_coefficient(BFV.sum_cut)
 
     def ciphertext(what: str, data: bytes, slots: int = BFV_SLOTS) -> dict[str, Any]:
-        return bad(what, "Sum.add", "MalformedMessageError", slots=slots, bytes=data.hex())
+        given = {"plain_bits": BFV_BITS, "additions": 3, "slots": slots, "bytes": data.hex()}
+        return bad(what, "Sum.add", "MalformedMessageError", **given)
 
     def opening(what: str, error: str, data: bytes, contributions: int) -> dict[str, Any]:
         key = {"seed": stored["seed"], "plain_bits": BFV_BITS, "additions": 3}
@@ -322,19 +509,19 @@ def bad_ciphertexts() -> Vectors:
 
     return {
         "ciphertext_bad_coefficient_not_below_q": ciphertext(
-            "coefficient 7 is q", with_coefficient(wire, 7, MODULUS)
+            "coefficient 7 is q", with_coefficient(wire, 7, no_coefficient(BFV.upload_cut))
         ),
         "ciphertext_bad_truncated": ciphertext("a byte is missing", wire[:-1]),
         "ciphertext_bad_trailing_byte": ciphertext("a byte too many", wire + b"\0"),
         "ciphertext_bad_whole_last_block": ciphertext(
-            "the last block ships more than is in use", wire + bytes(BLOCK_BYTES - len(wire))
+            "the last block ships more than is in use", wire + bytes(BFV.block_bytes - len(wire))
         ),
         "ciphertext_bad_all_zero_block": ciphertext(
             "a transparent block", wire[:SEED_BYTES] + bytes(len(wire) - SEED_BYTES)
         ),
         "ciphertext_bad_spare_bits": ciphertext(
             "the spare bits of 19 slots are set",
-            with_coefficient(wire, 19, 1)[: SEED_BYTES + 128] + b"\xff",
+            wire[: BFV.upload_bytes(19) - 1] + b"\xff",
             slots=19,
         ),
         "sum_bad_truncated": opening(
@@ -346,7 +533,7 @@ def bad_ciphertexts() -> Vectors:
         "sum_bad_coefficient_not_below_q": opening(
             "coefficient 3 is q",
             "MalformedMessageError",
-            swapped[SEED_BYTES:] + total[-3 * SEED_BYTES :],
+            pack(broken, BFV.sum_bits).tobytes() + total[-3 * SEED_BYTES :],
             len(SITES),
         ),
         "sum_bad_too_many_contributions": opening(
@@ -398,6 +585,10 @@ def bad_others() -> Vectors:
         "bitpacking_bad_length": bad(
             "a byte too many", "unpack", "ValueError", bits=5, count=3, bytes="ff7f00"
         ),
+        "share_bad_not_in_the_field": bad(
+            "the prime itself", "Share.parse", "ValueError", bytes=f"{shamir.PRIME:066x}"
+        ),
+        "share_bad_length": bad("a byte missing", "Share.parse", "ValueError", bytes="00" * 32),
         "decoding_bad_count": bad(
             "a sum of two in the name of three",
             "FixedPoint.decode",

@@ -67,7 +67,7 @@ def test_the_plan_does_not_depend_on_how_many_records_a_site_holds():
         "rounds = 4\n[data]\ndefault_range = [0, 100]\n[sites]\ncount = {count}\n"
         "[privacy]\nepsilon = 5.0\ndelta = 1e-3\nrate = 0.2\nexpected_batch = 16\n"
     )
-    few, many = parse(text.format(count=12)), parse(text.format(count=2))
+    few, many = parse(text.format(count=18)), parse(text.format(count=3))
     sizes = [len(next(iter(simulation.assemble(e).sites.values()))) for e in (few, many)]
     assert sizes[1] > 5 * sizes[0]
     assert simulation.plan(few) == simulation.plan(many)
