@@ -1,19 +1,19 @@
 """securefl: federated learning with differential privacy, encrypted aggregation and pruning.
 
->>> from securefl import Experiment, run  # doctest: +SKIP
->>> run(Experiment(rounds=5)).summary.metric  # doctest: +SKIP
+>>> from securefl import load, run  # doctest: +SKIP
+>>> run(load("clinics.toml")).summary.metric  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from securefl.config import ConfigurationError, Experiment
+from securefl.config import ConfigurationError, Experiment, load
 
 if TYPE_CHECKING:
     from securefl.runs import Run, resume, run
 
-__all__ = ["ConfigurationError", "Experiment", "Run", "resume", "run"]
+__all__ = ["ConfigurationError", "Experiment", "Run", "load", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -148,7 +148,11 @@ def run(
                 f"directory; leave it out, or start a new run"
             )
     from securefl import runs
+    from securefl.records import SUMMARY
 
+    resume = resume.resolve() if resume.is_symlink() else resume
+    if (resume / SUMMARY).exists():
+        _say(f"{resume} is finished; nothing is left to resume")
     _follow(lambda progress: runs.resume(resume, progress=progress), lambda: resume, output)
 
 
@@ -231,10 +235,9 @@ class Bars:
 
         self._bars = progress.Progress(
             progress.TextColumn("[bold]round {task.completed:.0f}/{task.total:.0f}"),
-            progress.BarColumn(bar_width=28),
-            progress.TimeElapsedColumn(),
+            progress.BarColumn(bar_width=12),
             progress.TextColumn("[dim]left"),
-            progress.TimeRemainingColumn(),
+            progress.TimeRemainingColumn(compact=True),
             progress.TextColumn("[cyan]{task.fields[phase]:<9}"),
             progress.TextColumn("{task.fields[latest]}", markup=False),
             console=console,
@@ -376,7 +379,7 @@ def _summary_table(summary: Summary) -> Table:
         for key in words.in_order(summary.metric)
     ]
     rows += [
-        ("rounds", f"{summary.rounds:,} (stopped by {summary.stopped})"),
+        ("rounds", f"{summary.rounds:,} (end: {summary.stopped})"),
         ("sites", f"{len(summary.sites)}"),
         (
             "parameters",

@@ -307,7 +307,7 @@ def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") 
         raise ConfigurationError(f"{origin}: {_first_fault(error)}") from None
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
     """The experiment in the TOML file `path`; a relative data path is relative to that file."""
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -119,6 +119,8 @@ def resume(directory: Path, *, progress: Progress | None = None) -> Run:
     were charged for it stays charged.
     """
     folder = Path(directory)
+    if folder.is_symlink():  # runs/latest may point elsewhere before this run ends
+        folder = folder.resolve()
     history = read_history(folder)
     if history.summary is not None:
         return Run(folder, history.summary)

@@ -20,6 +20,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from protocols.errors import MalformedMessageError
+from protocols.identity import digest
 from securefl import config
 from securefl.algorithms import ServerRule
 from securefl.messages import ModelMessage
@@ -103,8 +104,9 @@ class GlobalState:
             "mask": self.mask.astype(np.uint8),
         }
         tensors |= {f"moments.{name}": value for name, value in self.moments.items()}
-        about = {"update": self.update, "quiet": self.quiet}
-        return save_tensors(tensors, {"securefl": json.dumps(about), "record": record})
+        about = json.dumps({"update": self.update, "quiet": self.quiet})
+        seal = _checksum(tensors, about, record)
+        return save_tensors(tensors, {"securefl": about, "record": record, "sha256": seal})
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> tuple[GlobalState, str]:
@@ -112,8 +114,11 @@ class GlobalState:
         try:
             data = path.read_bytes()
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            about = json.loads(header["__metadata__"]["securefl"])
+            told = header["__metadata__"]
             tensors = load_tensors(data)
+            if told["sha256"] != _checksum(tensors, told["securefl"], told["record"]):
+                raise ValueError("its contents do not match their SHA-256")
+            about = json.loads(told["securefl"])
             moments = {
                 name.removeprefix("moments."): value
                 for name, value in tensors.items()
@@ -123,7 +128,14 @@ class GlobalState:
             state = cls(about["update"], tensors["weights"], mask, moments, about["quiet"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CorruptStoreError(f"{path} is not a checkpoint: {error}") from None
-        return state, header["__metadata__"]["record"]
+        return state, told["record"]
+
+
+def _checksum(tensors: Mapping[str, NDArray[Any]], *texts: str) -> str:
+    fields = [text.encode() for text in texts]
+    for name, value in sorted(tensors.items()):
+        fields += [name.encode(), str(value.dtype).encode(), value.tobytes()]
+    return digest("checkpoint", *fields).hex()
 
 
 def apply(

@@ -172,7 +172,7 @@ def _group(table: Table, name: str) -> NDArray[np.str_]:
             "sites apart and feeds no model"
         )
     raise ConfigurationError(
-        f"sites.column = {name!r} is no column for it{near(name, table.groups)}"
+        f"sites.column = {name!r} is not a column of the data{near(name, table.groups)}"
     )
 
 

@@ -84,7 +84,7 @@ def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
         *merit,
         ("Sites", words.number(len(summary.sites))),
         ("Rounds finished", f"{summary.rounds:,} of at most {budget:,}"),
-        ("Stopped by", summary.stopped),
+        ("Ended because", summary.stopped),
         ("Model parameters", f"{summary.parameters:,}"),
         ("Pruned at the end", words.percent(summary.sparsity)),
         ("Upload a parameter", f"{words.number(summary.bytes_up_per_parameter)} bytes"),

@@ -180,3 +180,21 @@ def test_a_reason_cannot_carry_terminal_codes() -> None:
         with pytest.raises(MalformedMessageError):
             parse_reply(data)
     assert printable("a\x1b[2Jb\nc") == "a [2Jb c"
+
+
+def test_resuming_through_a_link_stays_with_its_run_when_the_link_moves(tmp_path) -> None:
+    """runs/latest moves when another run starts; a resumed run must not follow it."""
+    interrupted(tmp_path / "one", "rounds = 4\n")
+    interrupted(tmp_path / "two", "rounds = 4\n")
+    link = tmp_path / "latest"
+    link.symlink_to("one")
+
+    class Moves(StopAfter):
+        def finished(self, record) -> None:
+            link.unlink(missing_ok=True)
+            link.symlink_to("two")
+
+    done = resume(link, progress=Moves(0))
+    assert done.directory == tmp_path / "one"
+    assert (tmp_path / "one" / "summary.json").exists()
+    assert not (tmp_path / "two" / "summary.json").exists()

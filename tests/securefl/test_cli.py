@@ -223,7 +223,7 @@ def test_show_prints_the_summary_and_the_last_rounds(command: Any, write_run: An
         "Differential privacy: epsilon 3.3 at delta 0.001 at every site",
         "test accuracy",
         "0.8145",
-        "12 (stopped by round budget)",
+        "12 (end: round budget)",
         "aborted rounds │ 5",
         "114 held-out records were read.",
     ):
@@ -302,7 +302,7 @@ def test_a_run_ends_with_its_summary_and_its_paths(command: Any) -> None:
     result = command("run", "mine.toml", "--directory", "here", "--set", "rounds=1")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "NOT PRIVATE" in result.stdout
-    assert "1 (stopped by round budget)" in result.stdout
+    assert "1 (end: round budget)" in result.stdout
     assert result.stdout.endswith("run    here\nreport here/report.html\n")
     again = command("run", "mine.toml", "--directory", "here")
     assert again.exit_code == 2

@@ -163,9 +163,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path):
             GlobalState.from_checkpoint(path)
 
 
-def test_a_checkpoint_with_flipped_bytes_is_read_or_named(tmp_path: Path):
+def test_a_checkpoint_with_a_changed_byte_is_named_or_reads_as_it_was_written(tmp_path: Path):
     rng = random.Random(9)
-    whole = state().to_checkpoint('{"round": 1}')
+    written = state()
+    whole = written.to_checkpoint('{"round": 1}')
     path = tmp_path / "update-000003.safetensors"
     named = 0
     for _ in range(400):
@@ -173,10 +174,13 @@ def test_a_checkpoint_with_flipped_bytes_is_read_or_named(tmp_path: Path):
         data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data)
         try:
-            GlobalState.from_checkpoint(path)
+            again, record = GlobalState.from_checkpoint(path)
         except CorruptStoreError:
             named += 1
-    assert named > 50
+        else:  # the byte was the same, or white space in the header
+            assert record == '{"round": 1}'
+            assert again.digest() == written.digest()
+    assert named > 300
 
 
 def test_weights_and_mask_must_be_vectors_of_one_length():

@@ -138,7 +138,7 @@ def test_a_column_makes_one_site_of_each_value():
         (
             ["a", "a", "b", "b"],
             {"column": "wart"},
-            "'wart' is no column for it; did you mean 'ward'",
+            "'wart' is not a column of the data; did you mean 'ward'",
         ),
         (["a", "a", "b", "b"], {"column": "row"}, r"is a feature: set data.drop = \[\"row\"\]"),
         (["a", "a", "b", "b"], {"count": 3}, "sites.count = 3, but column 'ward' has 2 values"),
