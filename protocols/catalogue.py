@@ -15,6 +15,10 @@ from protocols.rounds import Expected, ServerSide, Slots, Steps
 UPLOAD: Final = "upload"
 """The phase, in every protocol, in which a client trains and sends its vector."""
 
+OPEN: Final = "open"
+"""The phase, where there is one, in which a client decrypts the sum. It is tried once: a refusal
+after decrypting tells the asker one bit about a ciphertext it may have chosen."""
+
 
 @final
 @dataclass(frozen=True, slots=True)

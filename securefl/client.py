@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from protocols.catalogue import PROTOCOLS, UPLOAD
+from protocols.catalogue import OPEN, PROTOCOLS, UPLOAD
 from protocols.errors import ProtocolError, RefusedError
 from protocols.identity import Identity, digest
 from protocols.keystream import Keystream, Randomness, Seed
@@ -113,8 +113,11 @@ class Client:
                 raise RefusedError(f"phase {request.phase} was answered to another request")
             return reply
         slots = self._contribute(current) if request.phase == UPLOAD else None
+        state = current.protocol_state
+        if request.phase == OPEN:
+            current.protocol_state = None  # whatever comes of it, nothing is opened again
         current.protocol_state, reply = self._protocol.step(
-            request.phase, current.protocol_state, request.body, slots, os.urandom
+            request.phase, state, request.body, slots, os.urandom
         )
         current.said[request.phase] = (asked, reply)
         return reply

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from protocols.errors import MalformedMessageError
 from securefl import config, store
 from securefl.config import ConfigurationError
-from securefl.messages import Answer, parse_reply, printable
-from securefl.runs import resume, run
+from securefl.messages import Answer, Refusal, Request, parse_reply, printable
+from securefl.runs import RunFailedError, resume, run
 from securefl.store import CorruptStoreError, SiteStore
 
 PLAN = """
@@ -198,3 +199,34 @@ def test_resuming_through_a_link_stays_with_its_run_when_the_link_moves(tmp_path
     assert done.directory == tmp_path / "one"
     assert (tmp_path / "one" / "summary.json").exists()
     assert not (tmp_path / "two" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("protocol", ["bfv", "masked-bfv"])
+def test_a_refused_opening_is_the_last_one_of_the_round(tmp_path, protocol) -> None:
+    """Refusals to open chosen ciphertexts would tell of the key, a bit at a time."""
+    answers = []
+
+    def forging(exchange):
+        def ask(phase, messages):
+            if phase != "open":
+                return exchange(phase, messages)
+            [(site, message)] = messages.items()
+            request = Request.from_bytes(message)
+            forged = bytearray(request.body)
+            forged[-1] ^= 1
+            wrong = structs.replace(request, body=bytes(forged)).to_bytes()
+            answers.append(
+                [parse_reply(exchange(phase, {site: m})[site]) for m in (wrong, message)]
+            )
+            return {}
+
+        return ask
+
+    experiment = config.parse(f'rounds = 1\n[protocol]\nname = "{protocol}"')
+    with pytest.raises(RunFailedError):
+        run(experiment, tmp_path / "run", exchange=forging)
+    assert answers
+    for first, second in answers:
+        assert isinstance(first, Refusal)
+        assert isinstance(second, Refusal)
+        assert "does not come now" in second.reason
