@@ -114,7 +114,7 @@ class Client:
             return reply
         slots = self._contribute(current) if request.phase == UPLOAD else None
         state = current.protocol_state
-        if request.phase == OPEN:
+        if request.phase == OPEN and isinstance(state, self._protocol.accepts.get(OPEN, ())):
             current.protocol_state = None  # whatever comes of it, nothing is opened again
         current.protocol_state, reply = self._protocol.step(
             request.phase, state, request.body, slots, os.urandom
