@@ -69,7 +69,7 @@ def against(
     name: str, floor: str | None, ours: list[float], theirs: list[float], beside: str = "TenSEAL"
 ) -> Row:
     """A row of our time beside theirs, if there is any; the median of pairwise ratios."""
-    middle, ends = statistics.median(ours), (min(ours), max(ours))
+    middle, ends = statistics.median(ours), (min(ours), max(ours)) if len(ours) > 1 else None
     if not theirs:
         return Row(name, middle, "s", ends, floor, None, None, beside)
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
@@ -374,8 +374,8 @@ INTRODUCTION = {
     "vector* is key agreement, drawing the masks and adding them; *upload step* is everything from "
     "the float vector to the message, which in masked-bfv encrypts too and in Flower does not. "
     "securefl draws masks from AES-256 under 256-bit seeds, Flower folds its seeds to 32 bits for "
-    "a Mersenne twister. At 100 sites the rounds have 100,000 parameters, because Flower's shares "
-    "alone take minutes there.",
+    "a Mersenne twister. At 100 sites the rounds have 100,000 parameters and are played once, "
+    "because Flower's shares alone take minutes there.",
 }
 
 
