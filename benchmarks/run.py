@@ -30,10 +30,11 @@ import peers
 import tenseal
 from matplotlib.figure import Figure
 
-from protocols import bfv_sum, masks, secagg
+from protocols import bfv_sum, masks
 from protocols.bfv import Parameters, SecretKey, Sum, largest_plain_bits
 from protocols.catalogue import PROTOCOLS
 from protocols.encoding import FixedPoint
+from protocols.graph import thresholds
 from protocols.keystream import Keystream, Seed
 from protocols.messages import Upload
 from protocols.rounds import Party, Replies, ServerSide
@@ -226,8 +227,7 @@ def play(name: str, count: int, sites: int, gone: int) -> Played:
             finally:
                 played.server[phase] += time.perf_counter() - started
 
-    threshold = secagg.least_threshold(sites, 1)
-    party = Party(vectors, encoding_for(name, sites), None, os.urandom, threshold, 1)
+    party = Party(vectors, encoding_for(name, sites), None, os.urandom, thresholds(sites, 1), 1)
     steps = {phase: step(phase, work) for phase, work in protocol.steps.items()}
     lost = dict.fromkeys(list(vectors)[1 : 1 + gone], "upload")
     played.seconds, _ = timed(lambda: party.play(steps, serving, lost))

@@ -124,8 +124,7 @@ class Parameters:
         return packed_size(slots, self.sum_bits) + contributions * SEED_BYTES * _blocks(slots)
 
 
-_MOST_CUT: Final = 16
-"""Cuts stay below the gap between q and 2^54, so that a rounded coefficient fits its bits."""
+_MOST_CUT: Final = 40
 
 
 def _blocks(slots: int) -> int:
@@ -311,8 +310,12 @@ class SecretKey:
 
 
 def _cut(c0: NDArray[np.uint64], cut: int) -> NDArray[np.uint64]:
-    """Coefficients below q, rounded to multiples of 2^cut modulo q, without those zero bits."""
-    return (c0 + np.uint64((1 << cut) >> 1)) >> np.uint64(cut)
+    """Coefficients below q, rounded to multiples of 2^cut modulo q, without those zero bits.
+
+    One that rounds up to 2^54 becomes 0, which is nearer to it modulo q than 2^(cut-1).
+    """
+    rounded = (c0 + np.uint64((1 << cut) >> 1)) >> np.uint64(cut)
+    return rounded & np.uint64((1 << (MODULUS_BITS - cut)) - 1)
 
 
 def _coefficients(packed: NDArray[np.uint8], count: int, cut: int) -> NDArray[np.uint64]:

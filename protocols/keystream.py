@@ -82,6 +82,10 @@ class Keystream:
         """The next `count` uniform 64-bit integers, uint64[count]."""
         return self._next(8 * count).view("<u8").astype(np.uint64, copy=False)
 
+    def words32(self, count: int) -> NDArray[np.uint32]:
+        """The next `count` uniform 32-bit integers, uint32[count]."""
+        return self._next(4 * count).view("<u4").astype(np.uint32, copy=False)
+
     def uniform(self, count: int) -> NDArray[np.float64]:
         """The next `count` uniform multiples of 2^-53 in [0, 1), float64[count]."""
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,8 +1,8 @@
 """masked-bfv: masks that cancel in the sum, under BFV encryption. The default.
 
 1. advertise  C -> S  two fresh X25519 keys, channel and mask; a commitment to a self-mask seed
-2. share      C -> S -> C  sealed shares of that seed and of the mask secret; the lowest site in U1
-              seals this round's HE seed for every site too
+2. share      C -> S -> C  sealed shares of that seed and of the mask secret; one site in U1,
+              another each round, seals this round's HE seed for every site too
 3. upload     C -> S  the encoded vector plus all masks, encrypted; S adds ciphertexts
 4. confirm    C -> S  a signature under who is in the sum
 5. unmask     C -> S  shares; S rebuilds the outstanding masks and takes them off without the HE key
@@ -16,7 +16,7 @@ server: BFV is malleable, and the count slot catches faults, not attacks.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -27,11 +27,11 @@ from protocols import bfv_sum, masks, secagg
 from protocols.bfv import Parameters, SecretKey, Sum
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
+from protocols.graph import thresholds
 from protocols.identity import Roster
 from protocols.keystream import Randomness
 from protocols.messages import (
     Begin,
-    Confirmations,
     RelayedSecrets,
     SealedSeed,
     SharedSecrets,
@@ -94,10 +94,17 @@ def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> t
     shared, boxes = secagg.share(state, message, randomness)
     seeds: tuple[SealedSeed, ...] = ()
     me = state.expected.identity
-    if me.name == min(shared.adverts):
+    if me.name == maker(state.begin, shared.adverts):
+        secagg.check_adverts(state, shared.adverts.values())
         peers = {site: advert.channel for site, advert in shared.adverts.items()}
         seeds = bfv_sum.seal_seeds(me, state.begin, state.channel, peers, randomness)
     return shared, secagg.shared_secrets(state, boxes, seeds)
+
+
+def maker(begin: Begin, adverts: Iterable[str]) -> str:
+    """The site in U1 that makes this round's HE seed: another one each round."""
+    names = sorted(adverts)
+    return names[(begin.round - 1) % len(names)]
 
 
 def client_step3(
@@ -110,9 +117,9 @@ def client_step3(
         raise RefusedError("the server relays no HE seed")
     [sealed] = relayed.seeds
     expected, begin = state.secrets.expected, state.secrets.begin
-    maker = min(state.adverts)
-    if (sealed.maker, sealed.public) != (maker, state.adverts[maker].channel):
-        raise RefusedError(f"{maker} makes the seed of this round, not {sealed.maker}")
+    making = maker(begin, state.adverts)
+    if (sealed.maker, sealed.public) != (making, state.adverts[making].channel):
+        raise RefusedError(f"{making} makes the seed of this round, not {sealed.maker}")
     key = bfv_sum.open_key(expected, begin, state.secrets.channel, sealed)
     uploaded, masked = secagg.mask(state, relayed, slots)
     payload = bytes(key.encrypt(masked))
@@ -147,8 +154,7 @@ def client_step6(
     request = SumToOpen.from_bytes(message)
     if request.contributors != state.masked.survivors:
         raise RefusedError("the sum counts other sites than those this site confirmed")
-    confirmations = Confirmations(request.confirmations)
-    secagg.check_quorum(begin, expected.identity.roster, request.contributors, confirmations)
+    secagg.check_quorum(state.masked, request.confirmations)
     return Opened(), bfv_sum.open_sum(expected, begin, state.key, request)
 
 
@@ -167,26 +173,26 @@ def server(
     cohort = Cohort(begin, roster)
     total = Sum(encoding.slots(length), Parameters(encoding.plain_bits, encoding.cohort))
 
-    # advertise, share: U1 and U2, and the HE seed that the lowest site in U1 made
+    # advertise, share: U1 and U2, and the HE seed that this round's maker in U1 made
     adverts = yield from secagg.advertised(cohort)
-    maker = min(adverts)
+    making = maker(begin, adverts)
 
     def check(site: str, said: SharedSecrets) -> None:
-        if (site == maker) != bool(said.seeds):
-            raise ProtocolError(f"{maker} makes the HE seed of this round", [site])
+        if (site == making) != bool(said.seeds):
+            raise ProtocolError(f"{making} makes the HE seed of this round", [site])
         if said.seeds:
             if [item.receiver for item in said.seeds] != list(adverts):
                 raise ProtocolError(f"{site} did not seal the HE seed for every site", [site])
             bfv_sum.check_seeds(cohort, site, adverts[site].channel, said.seeds)
 
     secrets = yield from secagg.shared(cohort, adverts, check)
-    if maker not in secrets:
+    if making not in secrets:
         raise RoundAbortedError(
-            f"round {begin.round}: {maker} was to make the HE seed and is gone "
-            f"({cohort.faults[maker]})",
-            [maker],
+            f"round {begin.round}: {making} was to make the HE seed and is gone "
+            f"({cohort.faults[making]})",
+            [making],
         )
-    key_id = secrets[maker].seeds[0].key
+    key_id = secrets[making].seeds[0].key
 
     # upload: masked and encrypted vectors; a refused upload leaves the sum as it was
     def added(site: str, data: bytes) -> None:
@@ -230,8 +236,8 @@ def run(
     >>> run({s: np.ones(2) for s in "abcde"}, encoding, dropouts={"b": "upload"}).contributors
     ('a', 'c', 'd', 'e')
     """
-    threshold = secagg.least_threshold(len(vectors), tolerated)
-    party = Party(vectors, encoding, weights, randomness, threshold, tolerated)
+    chosen = thresholds(len(vectors), tolerated)
+    party = Party(vectors, encoding, weights, randomness, chosen, tolerated)
     return party.play(STEPS, server, dropouts or {})
 
 

@@ -77,31 +77,41 @@ def add(
 ) -> Iterator[NDArray[np.uint64]]:
     """Each chunk (uint64 modulo 2^bits) with the next stretch of every mask added."""
     streams = list(terms)
-    keep = np.uint64((1 << bits) - 1)
     for chunk in chunks:
-        masked = chunk.copy()
-        for sign, stream in streams:
-            words = stream.words(len(chunk))
-            if sign > 0:
-                masked += words  # wraps modulo 2^64, which 2^bits divides
-            else:
-                masked -= words
-        masked &= keep
-        yield masked
+        masked = chunk.astype(_word(bits))
+        for start in range(0, len(masked), _CHUNK):
+            part = masked[start : start + _CHUNK]
+            for term in streams:
+                _put(term, part)
+        yield _modulo(masked, bits)
 
 
 def total(terms: Iterable[Term], slots: int, bits: int) -> NDArray[np.uint64]:
     """The sum of whole masks, uint64[slots] modulo 2^bits. One stream is held at a time."""
-    result = np.zeros(slots, np.uint64)
-    for sign, stream in terms:
+    result = np.zeros(slots, _word(bits))
+    for term in terms:
         for start in range(0, slots, _CHUNK):
-            part = result[start : start + _CHUNK]
-            words = stream.words(len(part))
-            if sign > 0:
-                part += words
-            else:
-                part -= words
-    return result & np.uint64((1 << bits) - 1)
+            _put(term, result[start : start + _CHUNK])
+    return _modulo(result, bits)
 
 
-_CHUNK = 1 << 15  # words at a time: they stay in the processor's cache
+_CHUNK = 1 << 16  # words at a time: they stay in the processor's cache
+
+
+def _word(bits: int) -> type[np.unsignedinteger]:
+    """The words that masks are drawn and added in: they wrap modulo a multiple of 2^bits."""
+    return np.uint32 if bits <= 32 else np.uint64
+
+
+def _put(term: Term, part: NDArray[np.unsignedinteger]) -> None:
+    """Add the next stretch of a mask to `part`, or take it off, in place."""
+    sign, stream = term
+    words = stream.words32(len(part)) if part.dtype == np.uint32 else stream.words(len(part))
+    if sign > 0:
+        part += words
+    else:
+        part -= words
+
+
+def _modulo(words: NDArray[np.unsignedinteger], bits: int) -> NDArray[np.uint64]:
+    return words.astype(np.uint64, copy=False) & np.uint64((1 << bits) - 1)

@@ -73,6 +73,7 @@ class Begin(Message, frozen=True):
 
     binding: SHA-256 of what all parties must agree on (weights, pruning mask, parameters).
     threshold: t, how many sites can take a mask off together; 1 in protocols without masks.
+    degree: k, how many neighbours a site exchanges masks with; 0 for all others.
     """
 
     session: SessionId
@@ -81,6 +82,7 @@ class Begin(Message, frozen=True):
     minimum: Annotated[int, Meta(ge=2, le=1 << 16)]
     threshold: Annotated[int, Meta(ge=1, le=1 << 16)]
     binding: Digest
+    degree: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
 
     def __post_init__(self) -> None:
         _in_order(self.cohort, "the cohort's sites")
@@ -88,6 +90,8 @@ class Begin(Message, frozen=True):
             raise ValueError(f"minimum {self.minimum} exceeds the cohort of {len(self.cohort)}")
         if self.threshold > len(self.cohort):
             raise ValueError(f"threshold {self.threshold} exceeds the cohort")
+        if self.degree % 2 or self.degree >= len(self.cohort):
+            raise ValueError(f"degree {self.degree} is not even and below the cohort")
 
     @property
     def context(self) -> bytes:
@@ -168,7 +172,7 @@ class SealedShares(Message, frozen=True):
 
 
 class SharedSecrets(Message, frozen=True):
-    """C -> S: one box of shares for every other site in U1; the maker's HE seeds too.
+    """C -> S: one box of shares for every neighbour in U1; the maker's HE seeds too.
 
     Receivers trust the seal of each box; the signature lets S refuse a reply that is not from this
     site and round before anyone relies on it.
@@ -187,12 +191,14 @@ class SharedSecrets(Message, frozen=True):
 
 
 class RelayedSecrets(Message, frozen=True):
-    """S -> C: what the others in U2 sealed for this site."""
+    """S -> C: U2, who shared their secrets, and what this site's neighbours in it sealed for it."""
 
+    members: Annotated[tuple[SiteName, ...], Meta(min_length=2, max_length=1 << 16)]
     shares: Annotated[tuple[SealedShares, ...], Meta(min_length=1, max_length=1 << 16)]
     seeds: Annotated[tuple[SealedSeed, ...], Meta(max_length=1)]
 
     def __post_init__(self) -> None:
+        _in_order(self.members, "the members")
         _in_order([item.sender for item in self.shares], "the sealed shares")
 
 
@@ -229,7 +235,7 @@ class ReleasedShare(Message, frozen=True):
 
 
 class ReleasedShares(Message, frozen=True):
-    """C -> S: one share of every site in U2: `own` of those in U3, `mask` of the others."""
+    """C -> S: a share of itself and every neighbour in U2: `own` if in U3, else `mask`."""
 
     sender: SiteName
     own: Annotated[tuple[ReleasedShare, ...], Meta(max_length=1 << 16)]

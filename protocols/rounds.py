@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, final
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
+from protocols.graph import Thresholds
 from protocols.identity import Identity, Roster, SigningKey, digest
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.messages import Begin
@@ -108,6 +110,10 @@ class Cohort:
     begin: Begin
     roster: Roster
     faults: dict[str, str] = field(default_factory=dict)
+    context: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.context = self.begin.context
 
     def accept(
         self, requests: Requests, replies: Replies, parse: Callable[[str, bytes], T]
@@ -142,7 +148,7 @@ class Cohort:
         """ProtocolError unless `site` itself is the `sender` and signed what it said."""
         if sender != site:
             raise ProtocolError(f"{site} sent a message in the name of {sender}", [site])
-        self.roster.verify(site, signature, statement(self.begin.context, phase, sender, *said))
+        self.roster.verify(site, signature, statement(self.context, phase, sender, *said))
 
 
 def statement(context: bytes, phase: str, sender: str, *said: bytes) -> bytes:
@@ -172,13 +178,13 @@ class Party:
         encoding: FixedPoint,
         weights: Mapping[str, int] | None,
         randomness: Randomness,
-        threshold: int = 1,
+        thresholds: Thresholds | None = None,
         tolerated: int = 0,
     ) -> None:
         self.identities = make_identities(vectors, randomness)
         self.roster = next(iter(self.identities.values())).roster
-        minimum = max(2, threshold, tolerated + 2 if threshold > 1 else 2)
-        self.begin = Begin(randomness(16), 1, tuple(sorted(vectors)), minimum, threshold, bytes(32))
+        m, t, k = dataclasses.astuple(thresholds or Thresholds(2, 1))
+        self.begin = Begin(randomness(16), 1, tuple(sorted(vectors)), m, t, bytes(32), k)
         self.length = len(next(iter(vectors.values())))
         self._vectors, self._encoding, self._weights = vectors, encoding, weights
         self._randomness = randomness
@@ -188,7 +194,7 @@ class Party:
                 self.begin.session,
                 1,
                 bytes(32),
-                minimum,
+                m,
                 encoding,
                 self.length,
                 tolerated,

@@ -39,9 +39,12 @@ class ChannelKey:
         """The public half, 32 bytes."""
         return self._private.public_key().public_bytes_raw()
 
-    def _cipher(self, peer: bytes, context: bytes) -> AESGCM:
-        # A point of low order gives an all-zero secret, which the library refuses.
-        shared = self._private.exchange(X25519PublicKey.from_public_bytes(peer))
+    def _cipher(self, peer: tuple[str, bytes], context: bytes) -> AESGCM:
+        name, public = peer
+        try:
+            shared = self._private.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError:  # a point of low order, which gives an all-zero secret
+            raise ProtocolError(f"{name} advertised an unusable X25519 key", [name]) from None
         return AESGCM(hkdf(shared, "sealed seed", context, 32))
 
     def __repr__(self) -> str:
@@ -111,16 +114,13 @@ def unseal_shares(
 def _seal(
     plain: bytes, key: ChannelKey, receiver: tuple[str, bytes], context: bytes, rand: Randomness
 ) -> bytes:
-    name, public = receiver
-    check_public(name, public)
     nonce = rand(NONCE_BYTES)
-    return nonce + key._cipher(public, context).encrypt(nonce, plain, context)
+    return nonce + key._cipher(receiver, context).encrypt(nonce, plain, context)
 
 
 def _unseal(box: bytes, key: ChannelKey, sender: tuple[str, bytes], context: bytes) -> bytes:
-    name, public = sender
-    check_public(name, public)
+    cipher = key._cipher(sender, context)
     try:
-        return key._cipher(public, context).decrypt(box[:NONCE_BYTES], box[NONCE_BYTES:], context)
+        return cipher.decrypt(box[:NONCE_BYTES], box[NONCE_BYTES:], context)
     except (ValueError, InvalidTag):
-        raise ProtocolError(f"the box sealed by {name} does not open", [name]) from None
+        raise ProtocolError(f"the box sealed by {sender[0]} does not open", [sender[0]]) from None

@@ -12,6 +12,9 @@ collude with the server: 2t > n + T, and a sum has at least m >= max(t, T + 2) c
 Formal Guarantees: a server and up to T sites learn of the honest sites' vectors no more than the
 sum over the honest sites in U3. To take both masks off one of them takes t shares of either kind;
 an honest site releases one kind, a colluding one both, n - T + 2T = n + T < 2t together.
+Above graph.SPARSE_ABOVE sites masks, shares and confirmations go between neighbours only and t
+counts in a neighbourhood; then the same holds against a server that follows the protocol, but with
+probability graph.INSECURE a round (Bell et al. 2020).
 
 The client functions below the steps serve masked-bfv too.
 """
@@ -21,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -37,6 +40,15 @@ from protocols.errors import (
     ProtocolError,
     RefusedError,
     RoundAbortedError,
+)
+from protocols.graph import (
+    INSECURE,
+    SPARSE_ABOVE,
+    Graph,
+    Thresholds,
+    insecurity,
+    least_threshold,
+    thresholds,
 )
 from protocols.identity import Roster, digest
 from protocols.keystream import Randomness, Seed
@@ -87,16 +99,20 @@ def slot_bits(cohort: int) -> int:
 def check_thresholds(begin: Begin, tolerated: int) -> None:
     """RefusedError unless masks hold against the server and `tolerated` sites."""
     n, t, m = len(begin.cohort), begin.threshold, begin.minimum
-    if 2 * t <= n + tolerated:
+    if begin.degree:
+        if n <= SPARSE_ABOVE:
+            raise RefusedError(f"{n} sites share with all others, not with {begin.degree}")
+        risk = insecurity(n, tolerated, Thresholds(m, t, begin.degree))
+        if risk > INSECURE:
+            raise RefusedError(
+                f"masks of {n} sites with {begin.degree} neighbours and threshold {t} fail with "
+                f"probability {risk:.1e}, above {INSECURE:.1e}"
+            )
+    elif 2 * t <= n + tolerated:
         least = least_threshold(n, tolerated)
         raise RefusedError(f"threshold {t} of {n} sites: 2t > n + T needs at least {least}")
     if m < max(t, tolerated + 2):
         raise RefusedError(f"minimum {m} is below max(t, T + 2) = {max(t, tolerated + 2)}")
-
-
-def least_threshold(sites: int, tolerated: int) -> int:
-    """The smallest t with 2t > n + T."""
-    return (sites + tolerated) // 2 + 1
 
 
 # --- the client -----------------------------------------------------------------------------------
@@ -117,19 +133,21 @@ class Advertised:
 @final
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A client that has shared its secrets with U1."""
+    """A client that has shared its secrets with its neighbours in U1."""
 
     secrets: Advertised
     adverts: Adverts
+    peers: tuple[str, ...]
     kept: Share
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """A client that has uploaded; it knows U2 and keeps what each peer sealed for it."""
+    """A client that has uploaded; it knows U2 and keeps what each neighbour sealed for it."""
 
     shared: Shared
+    members: frozenset[str]
     boxes: Mapping[str, SealedShares]
 
 
@@ -164,7 +182,7 @@ def client_step1(
 
 
 def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> tuple[Shared, bytes]:
-    """MaskAdvertisements -> SharedSecrets: seal shares of both secrets for every peer in U1."""
+    """MaskAdvertisements -> SharedSecrets: seal shares of both secrets for each neighbour in U1."""
     shared, boxes = share(state, message, randomness)
     return shared, shared_secrets(state, boxes, ())
 
@@ -197,9 +215,10 @@ def client_step4(
         raise RefusedError(f"a sum of {len(survivors)} is below the {begin.minimum} needed")
     if me.name not in survivors:
         raise RefusedError(f"the sum leaves out {me.name}")
-    if not set(survivors) <= {me.name, *state.boxes}:
+    if not state.members.issuperset(survivors):
         raise RefusedError("the sum counts sites that have not shared their secrets")
-    signature = me.key.sign(_confirmed(begin, me.name, survivors))
+    said = statement(begin.context, "confirm", me.name, _listed(survivors))
+    signature = me.key.sign(said)
     return Confirmed(state, survivors), Confirmation(me.name, signature).to_bytes()
 
 
@@ -214,32 +233,47 @@ def client_step5(
 def share(
     state: Advertised, message: bytes, randomness: Randomness
 ) -> tuple[Shared, tuple[SealedShares, ...]]:
-    """Check U1 and seal this site's shares for every other site in it."""
+    """Check U1 and seal this site's shares for each of its neighbours in it."""
     me, begin = state.expected.identity, state.begin
     adverts = {item.sender: item for item in MaskAdvertisements.from_bytes(message).items}
     state.expected.check_contributors(begin, tuple(adverts))
-    for item in adverts.values():
-        said = (item.channel, item.mask, item.commitment)
-        me.roster.verify(
-            item.sender, item.signature, statement(begin.context, "advertise", item.sender, *said)
-        )
-        check_public(item.sender, item.channel)
-        check_public(item.sender, item.mask)
     mine = adverts.get(me.name)
     if mine is None or (mine.channel, mine.mask) != (state.channel.public, state.mask.public):
         raise RefusedError(f"the server relays other keys for {me.name}")
-    n, t = len(begin.cohort), begin.threshold
-    seeds = shamir.split(state.seed, t, n, randomness)
-    secrets = shamir.split(state.mask.seed, t, n, randomness)
+    peers = graph(begin, adverts).neighbours(me.name)
+    check_adverts(state, [adverts[peer] for peer in peers])
+    if len(peers) + 1 < begin.threshold:
+        raise RefusedError(f"{len(peers) + 1} sites cannot hold {begin.threshold} shares")
+    round_, points = begin.context, {s: begin.cohort.index(s) + 1 for s in (me.name, *peers)}
+    seeds = shamir.split(state.seed, begin.threshold, points.values(), randomness)
+    secrets = shamir.split(state.mask.seed, begin.threshold, points.values(), randomness)
     boxes = []
-    for peer, advert in adverts.items():
-        if peer != me.name:
-            i = begin.cohort.index(peer)
-            context = _box_context(begin, mine, advert)
-            to = (peer, advert.channel)
-            box = seal_shares((seeds[i], secrets[i]), state.channel, to, context, randomness)
-            boxes.append(SealedShares(me.name, peer, box))
-    return Shared(state, adverts, seeds[begin.cohort.index(me.name)]), tuple(boxes)
+    for peer in peers:
+        context, to = _box_context(round_, mine, adverts[peer]), (peer, adverts[peer].channel)
+        pair = (seeds[points[peer]], secrets[points[peer]])
+        box = seal_shares(pair, state.channel, to, context, randomness)
+        boxes.append(SealedShares(me.name, peer, box))
+    return Shared(state, adverts, peers, seeds[points[me.name]]), tuple(boxes)
+
+
+def graph(begin: Begin, adverts: Adverts) -> Graph:
+    """The neighbours of every site in U1, on a ring that all of its keys decide together."""
+    said = (digest("advert", *_said(a), a.sender.encode()) for a in adverts.values())
+    return Graph(adverts, begin.degree, digest("ring", begin.context, *said))
+
+
+def check_adverts(state: Advertised, adverts: Iterable[MaskAdvertisement]) -> None:
+    """ProtocolError unless their senders signed them and their keys are usable."""
+    context, roster = state.begin.context, state.expected.identity.roster
+    for item in adverts:
+        said = statement(context, "advertise", item.sender, *_said(item))
+        roster.verify(item.sender, item.signature, said)
+        check_public(item.sender, item.channel)
+        check_public(item.sender, item.mask)
+
+
+def _said(advert: MaskAdvertisement) -> tuple[bytes, bytes, bytes]:
+    return advert.channel, advert.mask, advert.commitment
 
 
 def shared_secrets(
@@ -260,31 +294,34 @@ def mask(
     boxes = {item.sender: item for item in relayed.shares}
     if any(item.receiver != me for item in relayed.shares):
         raise RefusedError(f"the server relays shares that were not sealed for {me}")
-    if me in boxes or not set(boxes) <= set(state.adverts):
+    members = frozenset(relayed.members)
+    if me not in members or not members <= state.adverts.keys():
         raise RefusedError("shares come from sites that have not advertised")
-    members = sorted({me, *boxes})
-    secrets.expected.check_contributors(begin, tuple(members))
-    context = mask_context(begin, {site: state.adverts[site] for site in members})
+    if boxes.keys() != members.intersection(state.peers):
+        raise RefusedError("the server does not relay the shares of exactly those who shared")
+    secrets.expected.check_contributors(begin, relayed.members)
+    context = mask_context(begin, {site: state.adverts[site] for site in relayed.members})
     terms = [masks.own(secrets.seed, me, context)]
     terms += [secrets.mask.pair(me, peer, state.adverts[peer].mask, context) for peer in boxes]
-    return Uploaded(state, boxes), masks.add(slots, terms, secrets.expected.encoding.plain_bits)
+    masked = masks.add(slots, terms, secrets.expected.encoding.plain_bits)
+    return Uploaded(state, members, boxes), masked
 
 
 def unmask(state: Confirmed, message: bytes) -> bytes:
-    """Check that t sites confirmed this very U3, then release one share of every peer in U2."""
+    """Check that t sites confirmed this very U3, then release one share of each peer in U2."""
     uploaded, secrets = state.uploaded, state.uploaded.shared.secrets
     me, begin, adverts = secrets.expected.identity.name, secrets.begin, uploaded.shared.adverts
-    roster = secrets.expected.identity.roster
-    check_quorum(begin, roster, state.survivors, Confirmations.from_bytes(message))
+    check_quorum(state, Confirmations.from_bytes(message).items)
+    survivors, round_ = frozenset(state.survivors), begin.context
     own, lost = [ReleasedShare(me, uploaded.shared.kept.reveal())], []
     for peer, sealed in sorted(uploaded.boxes.items()):
-        context = _box_context(begin, adverts[peer], adverts[me])
+        context = _box_context(round_, adverts[peer], adverts[me])
         try:
             sender = (peer, adverts[peer].channel)
             of_seed, of_secret = unseal_shares(sealed.box, secrets.channel, sender, context)
         except ProtocolError:
             continue  # t other sites hold a share of this peer's secrets, or the round aborts
-        if peer in state.survivors:
+        if peer in survivors:
             own.append(ReleasedShare(peer, of_seed.reveal()))
         else:
             lost.append(ReleasedShare(peer, of_secret.reveal()))
@@ -293,15 +330,17 @@ def unmask(state: Confirmed, message: bytes) -> bytes:
     return ReleasedShares(me, *shares, secrets.expected.identity.key.sign(said)).to_bytes()
 
 
-def check_quorum(
-    begin: Begin, roster: Roster, survivors: tuple[str, ...], confirmations: Confirmations
-) -> None:
-    """RefusedError or ProtocolError unless t sites in U3 signed it."""
-    signers = [item.sender for item in confirmations.items]
-    if not set(signers) <= set(survivors) or len(signers) < begin.threshold:
-        raise RefusedError(f"{len(signers)} sites confirmed the sum, {begin.threshold} are needed")
-    for item in confirmations.items:
-        roster.verify(item.sender, item.signature, _confirmed(begin, item.sender, survivors))
+def check_quorum(state: Confirmed, confirmations: tuple[Confirmation, ...]) -> None:
+    """RefusedError or ProtocolError unless t of this site and its neighbours signed U3."""
+    shared, listed = state.uploaded.shared, _listed(state.survivors)
+    me, begin = shared.secrets.expected.identity, shared.secrets.begin
+    near = [item for item in confirmations if item.sender in {me.name, *shared.peers}]
+    strangers = {item.sender for item in confirmations}.difference(state.survivors)
+    if strangers or len(near) < begin.threshold:
+        raise RefusedError(f"{len(near)} sites confirmed the sum, {begin.threshold} are needed")
+    for item in near:
+        said = statement(begin.context, "confirm", item.sender, listed)
+        me.roster.verify(item.sender, item.signature, said)
 
 
 def mask_context(begin: Begin, members: Adverts) -> bytes:
@@ -310,17 +349,17 @@ def mask_context(begin: Begin, members: Adverts) -> bytes:
     return digest("masks", begin.context, *said)
 
 
-def _box_context(begin: Begin, sender: MaskAdvertisement, receiver: MaskAdvertisement) -> bytes:
+def _box_context(round_: bytes, sender: MaskAdvertisement, receiver: MaskAdvertisement) -> bytes:
     names = (sender.sender.encode(), receiver.sender.encode())
-    return digest("shares", begin.context, *names, sender.channel, receiver.channel)
+    return digest("shares", round_, *names, sender.channel, receiver.channel)
 
 
 def _sealed(boxes: tuple[SealedShares, ...]) -> bytes:
     return digest("sealed", *(digest("box", b.receiver.encode(), b.box) for b in boxes))
 
 
-def _confirmed(begin: Begin, signer: str, survivors: tuple[str, ...]) -> bytes:
-    return statement(begin.context, "confirm", signer, *(site.encode() for site in survivors))
+def _listed(survivors: tuple[str, ...]) -> bytes:
+    return digest("survivors", *(site.encode() for site in survivors))
 
 
 def _released(own: tuple[ReleasedShare, ...], lost: tuple[ReleasedShare, ...]) -> bytes:
@@ -338,8 +377,7 @@ def advertised(cohort: Cohort) -> Part[dict[str, MaskAdvertisement]]:
 
     def parse(site: str, data: bytes) -> MaskAdvertisement:
         item = MaskAdvertisement.from_bytes(data)
-        said = (item.channel, item.mask, item.commitment)
-        cohort.verify("advertise", item.sender, site, item.signature, *said)
+        cohort.verify("advertise", item.sender, site, item.signature, *_said(item))
         check_public(site, item.channel)
         check_public(site, item.mask)
         return item
@@ -354,13 +392,14 @@ def shared(
     cohort: Cohort, adverts: Adverts, check: Callable[[str, SharedSecrets], None]
 ) -> Part[dict[str, SharedSecrets]]:
     """Phase share: U2, by name, with what each sealed. `check` raises for what else is wrong."""
+    near = graph(cohort.begin, adverts)
 
     def parse(site: str, data: bytes) -> SharedSecrets:
         said = SharedSecrets.from_bytes(data)
         receivers = [item.receiver for item in said.shares]
         cohort.verify("share", said.shares[0].sender, site, said.signature, _sealed(said.shares))
-        if receivers != [s for s in adverts if s != site]:
-            raise ProtocolError(f"{site} did not seal its shares for every other site", [site])
+        if tuple(receivers) != near.neighbours(site):
+            raise ProtocolError(f"{site} did not seal its shares for all neighbours", [site])
         check(site, said)
         return said
 
@@ -379,20 +418,20 @@ def relayed(secrets: Mapping[str, SharedSecrets]) -> dict[str, bytes]:
             if item.receiver in inbox:
                 inbox[item.receiver].append(item)
     seeds = {item.receiver: (item,) for said in secrets.values() for item in said.seeds}
+    members = tuple(secrets)
     return {
-        site: RelayedSecrets(tuple(items), seeds.get(site, ())).to_bytes()
+        site: RelayedSecrets(members, tuple(items), seeds.get(site, ())).to_bytes()
         for site, items in inbox.items()
     }
 
 
 def confirmed(cohort: Cohort, survivors: tuple[str, ...]) -> Part[Confirmations]:
     """Phase confirm: at least t signatures under U3."""
-    begin = cohort.begin
+    begin, listed = cohort.begin, _listed(survivors)
 
     def parse(site: str, data: bytes) -> Confirmation:
         item = Confirmation.from_bytes(data)
-        said = (other.encode() for other in survivors)
-        cohort.verify("confirm", item.sender, site, item.signature, *said)
+        cohort.verify("confirm", item.sender, site, item.signature, listed)
         return item
 
     requests = Requests("confirm", dict.fromkeys(survivors, Survivors(survivors).to_bytes()))
@@ -409,15 +448,16 @@ def outstanding(
     confirmations: Confirmations,
 ) -> Part[list[masks.Term]]:
     """Phase unmask: the masks still on the sum of `survivors`' uploads, with their signs."""
-    begin = cohort.begin
+    begin, near, summed = cohort.begin, graph(cohort.begin, adverts), frozenset(survivors)
+    lost = frozenset(members) - summed
 
     def parse(site: str, data: bytes) -> ReleasedShares:
         said = ReleasedShares.from_bytes(data)
         cohort.verify("unmask", said.sender, site, said.signature, _released(said.own, said.mask))
-        lost = set(members) - set(survivors)
-        if not {s.owner for s in said.own} <= set(survivors):
+        around = {site, *near.neighbours(site)}
+        if not {s.owner for s in said.own} <= around & summed:
             raise ProtocolError(f"{site} released seeds of sites outside the sum", [site])
-        if not {s.owner for s in said.mask} <= lost:
+        if not {s.owner for s in said.mask} <= around & lost:
             raise ProtocolError(f"{site} released secrets of sites inside the sum", [site])
         return said
 
@@ -427,28 +467,26 @@ def outstanding(
     cohort.require(len(released), "sites released shares", begin.threshold)
 
     context = mask_context(begin, {site: adverts[site] for site in members})
+    held: dict[str, dict[str, bytes]] = {site: {} for site in members}
+    for releaser, said in released.items():
+        for item in (*said.own, *said.mask):
+            held[item.owner][releaser] = item.share
     terms = []
     for site in members:
-        held = {
-            releaser: item.share
-            for releaser, said in released.items()
-            for item in (said.own if site in survivors else said.mask)
-            if item.owner == site
-        }
         advert = adverts[site]
-        if site in survivors:
-            seed = _recover(cohort, site, held, partial(_is_seed, advert, begin))
+        if site in summed:
+            seed = _recover(cohort, site, held[site], partial(_is_seed, advert, cohort.context))
             terms.append(masks.own(seed, site, context))
         else:
-            key = MaskKey(_recover(cohort, site, held, partial(_is_secret, advert)))
-            for peer in survivors:
+            key = MaskKey(_recover(cohort, site, held[site], partial(_is_secret, advert)))
+            for peer in summed.intersection(near.neighbours(site)):
                 sign, stream = key.pair(site, peer, adverts[peer].mask, context)
                 terms.append((-sign, stream))
     return terms
 
 
-def _is_seed(advert: MaskAdvertisement, begin: Begin, seed: Seed) -> bool:
-    return masks.commitment(seed, advert.sender, begin.context) == advert.commitment
+def _is_seed(advert: MaskAdvertisement, context: bytes, seed: Seed) -> bool:
+    return masks.commitment(seed, advert.sender, context) == advert.commitment
 
 
 def _is_secret(advert: MaskAdvertisement, seed: Seed) -> bool:
@@ -512,13 +550,16 @@ def server(
         if said.seeds:
             raise ProtocolError(f"{site} sealed an HE seed, which secagg has not", [site])
 
-    def parse(site: str, data: bytes) -> NDArray[np.uint64]:
+    total = np.zeros(slots, np.uint64)
+
+    def added(site: str, data: bytes) -> None:
+        nonlocal total
         upload = Upload.from_bytes(data)
         cohort.verify("upload", upload.sender, site, upload.signature, upload.key, upload.payload)
         if upload.key != NO_KEY:
             raise ProtocolError(f"{site} sent a ciphertext to a protocol without a key", [site])
         try:
-            return unpack(np.frombuffer(upload.payload, np.uint8), slots, bits)
+            total += unpack(np.frombuffer(upload.payload, np.uint8), slots, bits)
         except ValueError as error:
             raise MalformedMessageError(f"upload: {error}", [site]) from None
 
@@ -528,12 +569,8 @@ def server(
 
     # upload: masked vectors; U3 are those whose uploads are sound
     requests = Requests("upload", relayed(secrets))
-    uploads = cohort.accept(requests, (yield requests), parse)
-    survivors = tuple(uploads)
+    survivors = tuple(cohort.accept(requests, (yield requests), added))
     cohort.require(len(survivors), "uploads")
-    total = np.zeros(slots, np.uint64)
-    for vector in uploads.values():
-        total += vector
 
     # confirm, unmask: what did not cancel is rebuilt and taken off
     confirmations = yield from confirmed(cohort, survivors)
@@ -559,8 +596,8 @@ def run(
     >>> run({s: np.ones(2) for s in "abcde"}, encoding, dropouts={"a": "upload"}).contributors
     ('b', 'c', 'd', 'e')
     """
-    threshold = least_threshold(len(vectors), tolerated)
-    party = Party(vectors, encoding, weights, randomness, threshold, tolerated)
+    chosen = thresholds(len(vectors), tolerated)
+    party = Party(vectors, encoding, weights, randomness, chosen, tolerated)
     return party.play(STEPS, server, dropouts or {})
 
 

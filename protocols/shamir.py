@@ -6,7 +6,7 @@ Formal Guarantees: fewer than `threshold` shares of a secret are uniformly distr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, NoReturn, final
 
 from protocols.keystream import Randomness, Seed
@@ -44,23 +44,28 @@ class Share:
         raise TypeError("a share is not serialised")
 
 
-def split(secret: Seed, threshold: int, points: int, randomness: Randomness) -> list[Share]:
-    """Shares of a 32-byte `secret` at the points 1 to `points`; any `threshold` recover it.
+def split(
+    secret: Seed, threshold: int, points: Iterable[int], randomness: Randomness
+) -> dict[int, Share]:
+    """Shares of a 32-byte `secret` by point; any `threshold` of them recover it.
 
-    Precondition: 1 <= threshold <= points.
+    Preconditions: points are distinct and >= 1, and there are at least `threshold` >= 1 of them.
     """
+    places = set(points)
     if len(secret._material) != 32:
         raise ValueError("only a 32-byte secret fits into the field")
-    if not 1 <= threshold <= points:
-        raise ValueError(f"threshold = {threshold} is outside 1 to {points}")
+    if not 1 <= threshold <= len(places):
+        raise ValueError(f"threshold = {threshold} is outside 1 to {len(places)}")
+    if min(places) < 1:
+        raise ValueError("the secret itself lies at point 0: use points from 1 up")
     coefficients = [int.from_bytes(secret._material, "big")]
     coefficients += [int.from_bytes(randomness(48), "big") % PRIME for _ in range(threshold - 1)]
-    shares = []
-    for x in range(1, points + 1):
+    shares = {}
+    for x in places:
         value = 0
         for coefficient in reversed(coefficients):
             value = (value * x + coefficient) % PRIME
-        shares.append(Share(value))
+        shares[x] = Share(value)
     return shares
 
 

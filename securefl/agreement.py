@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import final
 
+from protocols import graph
 from protocols.catalogue import PROTOCOLS
 from protocols.encoding import FixedPoint
+from protocols.graph import Thresholds
 from protocols.identity import digest
 from protocols.keystream import Keystream, Randomness, Seed
-from protocols.secagg import least_threshold
 from securefl.config import ConfigurationError, Experiment
 from securefl.state import GlobalState
 
@@ -37,35 +36,30 @@ def encoding(experiment: Experiment, cohort: int) -> FixedPoint:
         raise ConfigurationError(f"protocol: {error}") from None
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """m, the fewest contributions in a sum; t, the sites that take a mask off; T, the colluders."""
-
-    minimum: int
-    threshold: int
-    tolerated: int
+def tolerated(experiment: Experiment) -> int:
+    """T: how many sites may collude with the server."""
+    protocol = experiment.protocol
+    return protocol.colluding_sites if PROTOCOLS[protocol.name].masked else 0
 
 
 def thresholds(experiment: Experiment, cohort: int) -> Thresholds:
     """The thresholds of a cohort of `cohort` sites; ConfigurationError when it has none."""
     protocol = experiment.protocol
     if not PROTOCOLS[protocol.name].masked:
-        chosen = Thresholds(protocol.minimum_cohort or 2, 1, 0)
+        chosen = Thresholds(protocol.minimum_cohort or 2, 1)
     else:
-        tolerated = protocol.colluding_sites
-        threshold = least_threshold(cohort, tolerated)
-        least = max(threshold, tolerated + 2)
+        colluding, complete = protocol.colluding_sites, protocol.graph == "complete"
+        chosen = graph.thresholds(cohort, colluding, protocol.minimum_cohort, complete)
+        least = max(chosen.threshold, colluding + 2)
         if least > cohort:
             raise ConfigurationError(
-                f"{cohort} sites cannot withstand protocol.colluding_sites = {tolerated}: a sum "
+                f"{cohort} sites cannot withstand protocol.colluding_sites = {colluding}: a sum "
                 f"needs {least} updates; use at most {max(0, cohort - 2)} or bring more sites"
             )
-        chosen = Thresholds(protocol.minimum_cohort or least, threshold, tolerated)
         if chosen.minimum < least:
             raise ConfigurationError(
                 f"protocol.minimum_cohort = {chosen.minimum} is below the {least} that {cohort} "
-                f"sites of which {tolerated} may collude need"
+                f"sites of which {colluding} may collude need"
             )
     if chosen.minimum > cohort:
         raise ConfigurationError(

@@ -139,7 +139,7 @@ class Client:
             minimum=self._thresholds.minimum,
             encoding=self._encoding,
             length=model.surviving,
-            tolerated=self._thresholds.tolerated,
+            tolerated=agreement.tolerated(self._experiment),
         )
         return _Round(request.round, model, expected, training)
 

@@ -170,6 +170,8 @@ class Encryption(Section):
 
     `colluding_sites`: T, how many sites may collude with the server (secagg and masked-bfv).
     `minimum_cohort`: m, the fewest updates in a sum; by default what the protocol needs.
+    `graph`: with "auto" more than 200 sites mask with some neighbours only, which withstands a
+    server that follows the protocol; "complete" withstands an active one, at n^2 pairs' work.
     """
 
     name: Literal["plain", "bfv", "secagg", "masked-bfv"] = "masked-bfv"
@@ -177,6 +179,7 @@ class Encryption(Section):
     clip: Clip = 1.0
     colluding_sites: Annotated[int, Field(ge=0)] = 1
     minimum_cohort: Annotated[int, Field(ge=2)] | None = None
+    graph: Literal["auto", "complete"] = "auto"
 
 
 class Pruning(Section):

@@ -75,6 +75,7 @@ class Server:
             minimum=self._thresholds.minimum,
             threshold=self._thresholds.threshold,
             binding=agreement.binding(self._experiment, state, self._encoding),
+            degree=self._thresholds.degree,
         )
         protocol = PROTOCOLS[self._experiment.protocol.name]
         steps = protocol.server(

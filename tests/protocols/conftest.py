@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.encoding import FixedPoint
 from protocols.errors import ProtocolError
+from protocols.graph import Thresholds, thresholds
 from protocols.keystream import Keystream, Seed
 from protocols.messages import Begin
 from protocols.rounds import Expected, Outcome, Requests, make_identities
-from protocols.secagg import least_threshold
 
 Relay = Callable[[str, str, bytes], bytes]
 """(phase, site, message): what an active server sends to `site` instead."""
@@ -55,13 +55,12 @@ class Round:
         self.length = len(next(iter(vectors.values())))
         self.identities = make_identities((*vectors, *also_pinned), stream("identities").bytes)
         self.roster = next(iter(self.identities.values())).roster
-        self.tolerated, threshold = tolerated, 1
+        self.tolerated, chosen = tolerated, Thresholds(minimum, 1)
         if self.protocol.masked:
-            threshold = least_threshold(len(vectors), tolerated)
-            minimum = max(minimum, threshold, tolerated + 2)
-        self.begin = Begin(
-            b"session of tests", number, tuple(sorted(vectors)), minimum, threshold, bytes(32)
-        )
+            chosen = thresholds(len(vectors), tolerated)
+        m, t, k = max(minimum, chosen.minimum), chosen.threshold, chosen.degree
+        cohort = tuple(sorted(vectors))
+        self.begin = Begin(b"session of tests", number, cohort, m, t, bytes(32), k)
         self.drawn: list[bytes] = []
         self.random = {site: stream(f"{site} {number}") for site in self.identities}
         self.states: dict[str, Any] = {site: self.expected(site) for site in vectors}

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 from protocols.bfv import Parameters, Sum
 from protocols.catalogue import UPLOAD
 from protocols.errors import ProtocolError
+from protocols.identity import digest
 from protocols.messages import (
     Begin,
     Confirmation,
@@ -117,6 +118,7 @@ class ActiveServer(RuleBasedStateMachine):
         relayed = RelayedSecrets.from_bytes(message)
         assert site not in self.uploads
         self.members[site] = frozenset({site, *(box.sender for box in relayed.shares)})
+        assert self.members[site] == set(relayed.members)
         assert len(self.members[site]) >= self.begin.minimum
         assert self.members[site] <= set(self.shown[site])
         self.uploads[site] = Upload.from_bytes(reply)
@@ -166,8 +168,8 @@ class ActiveServer(RuleBasedStateMachine):
         items = []
         for site in self.sites:
             if site in signers and site == self.colluder:
-                said = [name.encode() for name in survivors]
-                text = statement(self.begin.context, "confirm", site, *said)
+                listed = digest("survivors", *(name.encode() for name in survivors))
+                text = statement(self.begin.context, "confirm", site, listed)
                 items.append(Confirmation(site, self.game.identities[site].key.sign(text)))
             elif site in signers and site in self.confirmed:
                 items.append(self.confirmed[site][1])
@@ -234,9 +236,9 @@ class ActiveServer(RuleBasedStateMachine):
         for site in self.named(sites):
             self.show_keys(site, names | sites, False, None)
 
-    @rule(site=SITES, names=ANY)
-    def relay(self, site: str, names: frozenset[str]) -> None:
-        """Some of the boxes; a colluding site's box may hold anything."""
+    @rule(site=SITES, names=ANY, also=ANY)
+    def relay(self, site: str, names: frozenset[str], also: frozenset[str]) -> None:
+        """Some of the boxes, and a list of more; a colluding site's box may hold anything."""
         boxes = []
         for name in self.named(names - {site}):
             box = self.boxes.get((name, site))
@@ -248,13 +250,17 @@ class ActiveServer(RuleBasedStateMachine):
             return
         seed = self.seeds.get((min(self.shown[site]), site))
         seeds = (seed,) if seed and self.protocol == "masked-bfv" else ()
-        self.ask(site, UPLOAD, RelayedSecrets(tuple(boxes), seeds).to_bytes())
+        members = tuple(sorted({site, *also, *(box.sender for box in boxes)}))
+        if len(members) >= 2:
+            self.ask(site, UPLOAD, RelayedSecrets(members, tuple(boxes), seeds).to_bytes())
 
-    @rule(sites=SETS, names=ANY)
-    def relay_alike(self, sites: frozenset[str], names: frozenset[str]) -> None:
+    @rule(sites=SETS, names=ANY, also=st.just(frozenset()) | ANY)
+    def relay_alike(
+        self, sites: frozenset[str], names: frozenset[str], also: frozenset[str]
+    ) -> None:
         """The same U2 to many."""
         for site in self.named(sites):
-            self.relay(site, names)
+            self.relay(site, names, also)
 
     @rule(site=SITES, names=ANY)
     def show_survivors(self, site: str, names: frozenset[str]) -> None:
@@ -399,7 +405,7 @@ def test_the_books_see_a_sum_that_was_unmasked(
     machine.start(shape)
     machine.begin_honestly(everyone)
     machine.show_keys_alike(everyone, everyone)
-    machine.relay_alike(everyone, everyone)
+    machine.relay_alike(everyone, everyone, frozenset())
     assert set(machine.uploads) == set(machine.sites)
     machine.show_survivors_alike(everyone, everyone - {"b"})
     machine.show_confirmations_alike("a")

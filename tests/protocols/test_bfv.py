@@ -23,6 +23,8 @@ from protocols.bfv import (
     Parameters,
     SecretKey,
     Sum,
+    _coefficients,
+    _cut,
     largest_plain_bits,
 )
 from protocols.bitpacking import pack, unpack
@@ -177,7 +179,7 @@ def test_parameters_hold_the_bound_or_are_refused(bits: int, additions: int) -> 
 
 @given(st.integers(2, 48), st.integers(1, 10**5))
 def test_cuts_keep_the_bound_and_are_the_largest_that_do(bits: int, additions: int) -> None:
-    """n(21.5 + 2^(d-1)) + 2^(d'-1) + 1 < q / 2^(p+1), and not for a bit more; at most 16 bits."""
+    """n(21.5 + 2^(d-1)) + 2^(d'-1) + 1 < q / 2^(p+1), and not for a bit more; at most 40 bits."""
     assume(bits <= largest_plain_bits(additions))
     parameters = Parameters(bits, additions)
     d, last = parameters.upload_cut, parameters.sum_cut
@@ -187,12 +189,24 @@ def test_cuts_keep_the_bound_and_are_the_largest_that_do(bits: int, additions: i
         return additions * (Fraction(43, 2) + each) + once + 1 < Fraction(MODULUS, 2 ** (bits + 1))
 
     assert holds(d, last)
-    assert d == 16 or not holds(d + 1, 0)
-    assert last == 16 or not holds(d, last + 1)
+    assert d == 40 or not holds(d + 1, 0)
+    assert last == 40 or not holds(d, last + 1)
     assert parameters.upload_bits == MODULUS_BITS - d
     assert parameters.sum_bits == MODULUS_BITS - last
-    for cut in (d, last):
-        assert (MODULUS - 1 + (1 << cut >> 1)) >> cut < 1 << (MODULUS_BITS - cut)
+
+
+@given(st.integers(0, 40), st.lists(st.integers(0, MODULUS - 1), max_size=20))
+def test_a_cut_coefficient_fits_its_bits_and_is_off_by_half_a_step_at_most(
+    cut: int, values: list[int]
+) -> None:
+    """Modulo q, those that round up to 2^54 included."""
+    values += [0, MODULUS - 1, MODULUS - (1 << cut >> 1), (1 << cut >> 1)]
+    exact = np.array([value % MODULUS for value in values], np.uint64)
+    packed = pack(_cut(exact, cut), MODULUS_BITS - cut)
+    read = _coefficients(packed, len(exact), cut)
+    assert int(read.max()) < MODULUS
+    for was, now in zip(exact.tolist(), read.tolist(), strict=True):
+        assert min((was - now) % MODULUS, (now - was) % MODULUS) <= 1 << cut >> 1
 
 
 @pytest.mark.parametrize(
@@ -364,8 +378,8 @@ def with_coefficient(wire: bytes, slots: int, index: int, value: int) -> bytes:
 
 
 def largest(cut: int) -> int:
-    """The largest coefficient on the wire: q - 1 rounded to its high bits."""
-    return round(Fraction(MODULUS - 1, 1 << cut))
+    """The largest coefficient on the wire: q - 1 rounded to its high bits, or all of them set."""
+    return min(round(Fraction(MODULUS - 1, 1 << cut)), (1 << (MODULUS_BITS - cut)) - 1)
 
 
 SLOTS = 2 * DEGREE + 5

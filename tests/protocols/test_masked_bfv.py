@@ -17,6 +17,7 @@ from protocols import bfv_sum, masked_bfv, plain, secagg
 from protocols.bfv import Parameters, SecretKey, Sum
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
+from protocols.identity import digest
 from protocols.keystream import Keystream, Seed
 from protocols.messages import (
     Confirmation,
@@ -357,7 +358,7 @@ def to_open(game: Any) -> SumToOpen:
 
 def quorum(game: Any, signers: str, survivors: str) -> tuple[Confirmation, ...]:
     """Confirmations that these sites really would sign for U3."""
-    said = [site.encode() for site in survivors]
+    said = [digest("survivors", *(site.encode() for site in survivors))]
     return tuple(Confirmation(site, signed(game, site, "confirm", *said)) for site in signers)
 
 

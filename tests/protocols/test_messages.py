@@ -53,7 +53,8 @@ def begins(draw: st.DrawFn) -> Begin:
     minimum = draw(st.integers(2, len(cohort)))
     threshold = draw(st.integers(1, len(cohort)))
     number = draw(st.integers(1, 2**62))
-    return Begin(draw(exactly(16)), number, cohort, minimum, threshold, draw(exactly(32)))
+    degree = draw(st.integers(0, (len(cohort) - 1) // 2)) * 2
+    return Begin(draw(exactly(16)), number, cohort, minimum, threshold, draw(exactly(32)), degree)
 
 
 ADVERTISEMENTS = st.builds(Advertisement, NAMES, exactly(32), exactly(64))
@@ -134,6 +135,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
     SharedSecrets: shared_secrets(),
     RelayedSecrets: st.builds(
         RelayedSecrets,
+        SORTED_NAMES,
         one_each(lambda name: SealedShares(name, "me", bytes(94))),
         st.just(())
         | st.tuples(
@@ -177,7 +179,9 @@ SAMPLES: dict[type[Message], Message] = {
         bytes(range(64)),
     ),
     RelayedSecrets: RelayedSecrets(
-        tuple(SealedShares(s, "a", bytes(range(94))) for s in "bc"), SEALED_SEEDS[:1]
+        ("a", "b", "c"),
+        tuple(SealedShares(s, "a", bytes(range(94))) for s in "bc"),
+        SEALED_SEEDS[:1],
     ),
     Survivors: Survivors(("a", "b", "c")),
     Confirmation: Confirmation("a", bytes(range(64))),

@@ -75,7 +75,7 @@ def by(items: tuple[MaskAdvertisement, ...], **exchanged: MaskAdvertisement) -> 
 
 def quorum(game: Any, signers: str, survivors: str) -> Confirmations:
     """Confirmations that these sites really would sign for U3."""
-    said = [site.encode() for site in survivors]
+    said = [digest("survivors", *(site.encode() for site in survivors))]
     return Confirmations(
         tuple(Confirmation(site, signed(game, site, "confirm", *said)) for site in signers)
     )
@@ -270,11 +270,18 @@ def test_a_client_refuses_a_small_u2_and_boxes_that_are_not_from_u1(
         "have not advertised": (*said.shares, changed(first, sender="e")),
     }
     for why, shares in wrong.items():
+        members = tuple(sorted({"b", *(item.sender for item in shares)}))
         with pytest.raises(RefusedError, match=why):
-            game.answer("b", "upload", changed(said, shares=shares).to_bytes())
+            game.answer("b", "upload", changed(said, members=members, shares=shares).to_bytes())
     own = sorted((*said.shares, changed(first, sender="b")), key=lambda item: item.sender)
-    with pytest.raises(RefusedError):
-        game.answer("b", "upload", changed(said, shares=tuple(own)).to_bytes())
+    for shares, members in (
+        (tuple(own), said.members),
+        (said.shares[1:], said.members),
+        (said.shares, said.members[:-1]),
+        (said.shares[1:], tuple(sorted({*said.members} - {"b"}))),
+    ):
+        with pytest.raises(RefusedError):
+            game.answer("b", "upload", changed(said, members=members, shares=shares).to_bytes())
     game.answer("b", "upload", said.to_bytes())
 
 
@@ -351,7 +358,9 @@ def test_no_share_leaves_without_a_quorum_under_this_very_u3(protocol: str, smal
     game.until("confirm")
     game.answer("a", "confirm", Survivors(tuple("abcd")).to_bytes())
     good = quorum(game, "abc", "abcd")
-    other_phase = Confirmation("c", signed(game, "c", "unmask", *(s.encode() for s in "abcd")))
+    other_phase = Confirmation(
+        "c", signed(game, "c", "unmask", digest("survivors", *(s.encode() for s in "abcd")))
+    )
     in_its_name = Confirmation("c", good.items[1].signature)
     refused = {
         "too few": quorum(game, "ab", "abcd"),
@@ -655,7 +664,7 @@ def test_a_wrong_reply_costs_its_sender_the_round_and_nobody_else(
     protocol: str, phase: str, what: str, small: Small
 ) -> None:
     """Replayed, crossed, out of order or malformed: named, and the sum is right without it."""
-    site = "a" if phase == "open" else "b"
+    site = "a" if phase == "open" else "c"
     game = small(protocol, "abcd", number=2)
     earlier = record(protocol, small)
     other = {"another session": Begin(bytes(16), *msgspec.structs.astuple(game.begin)[1:])}
@@ -670,7 +679,7 @@ def test_a_wrong_reply_costs_its_sender_the_round_and_nobody_else(
             elif what == "another session":
                 replies[site] = foreign[phase][site]
             elif what == "another site":
-                replies[site] = replies["c"] if "c" in replies else sent["upload"]["c"]
+                replies[site] = replies["d"] if "d" in replies else sent["upload"]["d"]
             elif what == "another phase":
                 replies[site] = sent.get(before.get(phase, ""), earlier["upload"])[site]
             else:
@@ -694,7 +703,7 @@ def test_a_wrong_reply_costs_its_sender_the_round_and_nobody_else(
     outcome = game.play(wire=wire)
     assert set(outcome.faults) == {site}
     in_time = phase in ("confirm", "unmask", "open")
-    game.assert_right(outcome, tuple("abcd" if in_time else "acd"))
+    game.assert_right(outcome, tuple("abcd" if in_time else "abd"))
 
 
 @pytest.mark.parametrize(("protocol", "phase"), PHASES)
@@ -827,7 +836,8 @@ def test_a_server_that_hides_peers_from_one_site_gets_garbage(shown: str, small:
         if phase == "upload" and site == "e":
             said = RelayedSecrets.from_bytes(message)
             kept = tuple(item for item in said.shares if item.sender in shown)
-            return bytes(changed(said, shares=kept).to_bytes())
+            members = tuple(sorted(shown))
+            return bytes(changed(said, members=members, shares=kept).to_bytes())
         return message
 
     uploads: dict[str, bytes] = {}

@@ -51,18 +51,20 @@ def test_any_threshold_of_shares_recovers_the_secret(
 ) -> None:
     """Whichever t of n; more of them do too."""
     threshold = data.draw(st.integers(1, points))
-    shares = split(Seed(secret), threshold, points, randomness().bytes)
-    chosen = data.draw(st.sets(st.integers(1, points), min_size=threshold))
-    assert combine({x: shares[x - 1] for x in chosen}) == Seed(secret)
+    places = data.draw(st.sets(st.integers(1, 1000), min_size=points, max_size=points))
+    shares = split(Seed(secret), threshold, places, randomness().bytes)
+    assert shares.keys() == places
+    chosen = data.draw(st.sets(st.sampled_from(sorted(places)), min_size=threshold))
+    assert combine({x: shares[x] for x in chosen}) == Seed(secret)
 
 
 @pytest.mark.parametrize("threshold", [2, 3, 4])
 def test_every_set_of_shares_below_the_threshold_misses_the_secret(threshold: int) -> None:
     """t - 1 shares interpolate to something else, whichever they are."""
-    shares = split(Seed(MATERIAL), threshold, 5, randomness().bytes)
+    shares = split(Seed(MATERIAL), threshold, range(1, 6), randomness().bytes)
     for points in itertools.combinations(range(1, 6), threshold - 1):
         try:
-            found = combine({x: shares[x - 1] for x in points})
+            found = combine({x: shares[x] for x in points})
         except ValueError:
             continue
         assert found != Seed(MATERIAL)
@@ -75,8 +77,9 @@ def test_fewer_shares_fit_every_secret(one: bytes, other: bytes, threshold: int)
 
     The polynomial through them and the other secret has degree t - 1: it explains them as well.
     """
-    shares = split(Seed(one), threshold, threshold, randomness().bytes)
-    known = {x: int.from_bytes(share.reveal(), "big") for x, share in enumerate(shares[:-1], 1)}
+    shares = split(Seed(one), threshold, range(1, threshold + 1), randomness().bytes)
+    fewer = {x: share for x, share in shares.items() if x < threshold}
+    known = {x: int.from_bytes(share.reveal(), "big") for x, share in fewer.items()}
     known[0] = int.from_bytes(other, "big")
     at = threshold
     value = 0
@@ -87,7 +90,7 @@ def test_fewer_shares_fit_every_secret(one: bytes, other: bytes, threshold: int)
                 numerator, denominator = numerator * (at - z), denominator * (x - z)
         value += y * numerator * pow(denominator, -1, PRIME)
     last = Share(value % PRIME)
-    assert combine({**dict(enumerate(shares[:-1], 1)), at: last}) == Seed(other)
+    assert combine({**fewer, at: last}) == Seed(other)
 
 
 def test_every_bit_of_a_share_is_balanced() -> None:
@@ -95,7 +98,7 @@ def test_every_bit_of_a_share_is_balanced() -> None:
     draws, count = randomness("balance"), 2000
     ones = [0] * 256
     for _ in range(count):
-        value = int.from_bytes(split(Seed(bytes(32)), 2, 1 + 1, draws.bytes)[0].reveal(), "big")
+        value = int.from_bytes(split(Seed(bytes(32)), 2, (1, 2), draws.bytes)[1].reveal(), "big")
         for bit in range(256):
             ones[bit] += value >> bit & 1
     assert max(abs(seen - count / 2) for seen in ones) < 5.5 * (count / 4) ** 0.5
@@ -109,29 +112,35 @@ def test_fresh_coefficients_are_drawn_for_every_split() -> None:
         asked.append(size)
         return bytes([len(asked)]) * size
 
-    first = split(Seed(MATERIAL), 3, 4, counted)
-    second = split(Seed(MATERIAL), 3, 4, counted)
+    first = split(Seed(MATERIAL), 3, range(1, 5), counted)
+    second = split(Seed(MATERIAL), 3, range(1, 5), counted)
     assert asked == [48] * 4
-    assert not {share.reveal() for share in first} & {share.reveal() for share in second}
+    assert all(first[x].reveal() != second[x].reveal() for x in range(1, 5))
 
 
 @pytest.mark.parametrize(("threshold", "points"), [(0, 3), (-1, 3), (4, 3), (1, 0)])
 def test_thresholds_outside_the_points_are_refused(threshold: int, points: int) -> None:
     """The caller's mistake: ValueError with both numbers."""
     with pytest.raises(ValueError, match=f"threshold = {threshold}"):
-        split(Seed(MATERIAL), threshold, points, randomness().bytes)
+        split(Seed(MATERIAL), threshold, range(1, points + 1), randomness().bytes)
+
+
+def test_the_secrets_own_point_is_refused() -> None:
+    """The share at 0 would be the secret."""
+    with pytest.raises(ValueError, match="point 0"):
+        split(Seed(MATERIAL), 2, range(3), randomness().bytes)
 
 
 def test_a_secret_of_another_size_is_not_shared() -> None:
     """64 bytes do not fit into the field."""
     with pytest.raises(ValueError, match="32-byte"):
-        split(Seed(MATERIAL + bytes(32)), 2, 3, randomness().bytes)
+        split(Seed(MATERIAL + bytes(32)), 2, range(1, 4), randomness().bytes)
 
 
 def test_wrong_shares_give_another_secret_or_an_error() -> None:
     """Never the right secret by chance; the caller's commitment tells."""
-    shares = split(Seed(MATERIAL), 3, 5, randomness().bytes)
-    assert combine({1: shares[1], 2: shares[0], 3: shares[2]}) != Seed(MATERIAL)
+    shares = split(Seed(MATERIAL), 3, range(1, 6), randomness().bytes)
+    assert combine({1: shares[2], 2: shares[1], 3: shares[3]}) != Seed(MATERIAL)
     # f(x) = 2^256 + 10 is no 32-byte secret, though every share is a field element.
     with pytest.raises(ValueError, match="not shares"):
         combine({1: Share(2**256 + 10)})

@@ -119,7 +119,8 @@ class Bench:
         binding = agreement.binding(self.experiment, state or self.state, self.encoding)
         agreed = agreement.thresholds(self.experiment, len(self.roster))
         cohort = tuple(self.roster)
-        return Begin(SESSION, number, cohort, agreed.minimum, agreed.threshold, binding)
+        m, t, k = agreed.minimum, agreed.threshold, agreed.degree
+        return Begin(SESSION, number, cohort, m, t, binding, k)
 
     def request(self, number: int, phase: str, body: bytes, model: bytes = b"") -> bytes:
         return Request(SESSION, number, phase, body, model).to_bytes()

@@ -481,7 +481,7 @@ def test_nothing_secret_is_in_the_run_directory(small, private, tmp_path, monkey
     def shared(secret, threshold, points, randomness):
         shares = split(secret, threshold, points, randomness)
         kind = mask_shares if secret._material in mask_seeds else own_shares
-        kind.update(share.reveal() for share in shares)
+        kind.update(share.reveal() for share in shares.values())
         return shares
 
     monkeypatch.setattr(os, "urandom", drawn)

@@ -217,14 +217,14 @@ def sealed_seeds() -> dict[str, Any]:
 def shamir_shares() -> dict[str, Any]:
     """A secret in five shares, any three of which recover it."""
     draws = stream("coefficients").bytes
-    shares = shamir.split(Seed(MATERIAL[:32]), 3, 5, draws)
+    shares = shamir.split(Seed(MATERIAL[:32]), 3, range(1, 6), draws)
     return {
         "secret": MATERIAL[:32].hex(),
         "threshold": 3,
         "draws": [
             draw.hex() for draw in (stream("coefficients").bytes(96)[i : i + 48] for i in (0, 48))
         ],
-        "shares": {str(x): share.reveal().hex() for x, share in enumerate(shares, 1)},
+        "shares": {str(x): share.reveal().hex() for x, share in shares.items()},
     }
 
 
@@ -338,7 +338,9 @@ def bad_messages() -> Vectors:
     offers = MaskAdvertisements((offer, msgspec.structs.replace(offer, sender=SITES[1])))
     boxes = tuple(SealedShares(SITES[0], site, bytes(94)) for site in SITES[1:])
     shared = SharedSecrets(boxes, (), bytes(64))
-    relayed = RelayedSecrets(tuple(SealedShares(s, SITES[0], bytes(94)) for s in SITES[1:]), ())
+    relayed = RelayedSecrets(
+        SITES, tuple(SealedShares(s, SITES[0], bytes(94)) for s in SITES[1:]), ()
+    )
     shares = ReleasedShares.from_bytes(bytes.fromhex(released()["bytes"]))
     survivors = Survivors(SITES)
     return {
