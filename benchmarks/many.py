@@ -2,7 +2,7 @@
 
     python benchmarks/many.py [secagg|masked-bfv] [SITES] [PARAMETERS]
 
-Prints one JSON object. Every site shares with every other, so work grows with the square of SITES.
+Prints one JSON object. Up to 200 sites every one shares with every other; above, with neighbours.
 """
 
 from __future__ import annotations
