@@ -1,9 +1,10 @@
-"""FixedPoint: real vectors as bounded integers, packed linearly, so that sums are exact.
+"""Real vectors as integers, packed linearly, so that sums are exact.
 
-A slot is an integer modulo 2^p. The first slot counts contributions; a second one sums their
-weights where weights are secret; every further slot carries k fields of w bits as
-sum_j 2^(w*j) * v_j mod 2^p over signed v_j. Adding slots adds every field, and the fields of a sum
-are recovered with carries from the lowest up.
+`FixedPoint` rounds values and proves that their sum fits; `Integers` takes integers as they are,
+with noise in them, and clamps nothing. A slot is an integer modulo 2^p. The first slot counts
+contributions; a second one sums their weights where weights are secret; every further slot carries
+k fields of w bits as sum_j 2^(w*j) * v_j mod 2^p over signed v_j. Adding slots adds every field,
+and the fields of a sum are recovered with carries from the lowest up.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class FixedPoint:
         while header.size or start < len(values):
             stop = start + (CHUNK_SLOTS - header.size) * self.fields
             integers = self._round(values[start:stop], weight, rounding)
-            yield np.concatenate([header, self._pack(integers)])
+            yield np.concatenate([header, _pack(integers, self.field_bits, self.fields)])
             header, start = header[:0], stop
 
     def _round(
@@ -153,27 +154,9 @@ class FixedPoint:
         integers += rounding.uniform(len(scaled)) < scaled
         return integers
 
-    def _pack(self, integers: NDArray[np.int64]) -> NDArray[np.uint64]:
-        spare = -len(integers) % self.fields
-        if spare:
-            integers = np.concatenate([integers, np.zeros(spare, np.int64)])
-        columns = integers.view(np.uint64).reshape(-1, self.fields)
-        slots = columns[:, 0].copy()
-        for j in range(1, self.fields):
-            slots += columns[:, j] << np.uint64(j * self.field_bits)
-        return slots & np.uint64((1 << self.plain_bits) - 1)
-
     def unpack(self, slots: NDArray[np.uint64], length: int) -> NDArray[np.int64]:
         """The `length` signed fields of value slots (without header), int64[length]."""
-        rest = slots.copy()
-        fields = np.empty((len(slots), self.fields), np.int64)
-        width = np.uint64(self.field_bits)
-        to_sign = np.uint64(64 - self.field_bits)
-        for j in range(self.fields):
-            field = (rest << to_sign).view(np.int64) >> np.int64(to_sign)
-            fields[:, j] = field
-            rest = (rest - field.view(np.uint64)) >> width
-        return fields.reshape(-1)[:length]
+        return _unpack(slots, self.field_bits, self.fields, length)
 
     def decode(
         self,
@@ -188,23 +171,136 @@ class FixedPoint:
         contributors' weights where these are public constants, by default one each.
         Raises ProtocolError when the sum counts other contributions, or weighs nothing.
         """
-        if len(total) != self.slots(length):
-            raise ProtocolError(f"the opened sum has {len(total)} slots, not {self.slots(length)}")
-        if int(total[0]) != len(contributors):
-            raise ProtocolError(
-                f"the opened sum counts {int(total[0])} updates, not {len(contributors)}"
-            )
+        _check(total, self.slots(length), contributors)
         weight = len(contributors) if public_weight is None else public_weight
         if self.weight_slot:
             weight = int(total[1])
         if not 0 < weight <= self.cohort * self.weight_cap:
             raise ProtocolError(f"the contributions weigh {weight} together: nothing to average")
-        unit = self.clip * self.weight_cap / (self.levels * weight)
-        mean = np.empty(length, np.float64)
-        body = total[self.header_slots :]
-        for start in range(0, len(body), CHUNK_SLOTS):
-            at = start * self.fields
-            size = min(CHUNK_SLOTS * self.fields, length - at)
-            mean[at : at + size] = self.unpack(body[start : start + CHUNK_SLOTS], size)
-        mean *= unit
+        mean = _fields(total[self.header_slots :], self.field_bits, self.fields, length)
+        mean *= self.clip * self.weight_cap / (self.levels * weight)
         return Aggregate(mean, contributors, weight)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """Integer vectors with noise in them, for at most `cohort` contributions to one sum.
+
+    field_bits: w, bits of one coordinate of the sum; slot_bits: bits that a slot offers.
+    unit: what one integer stands for.
+
+    Formal Guarantees: packing is linear modulo 2^p and nothing is clamped or refused, whatever the
+    integers: a coordinate that leaves its field spoils itself and the field above it, and reads
+    nothing else. Whoever chooses w states how likely that is.
+    """
+
+    field_bits: int
+    unit: float
+    cohort: int
+    slot_bits: int
+    weight_slot = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.field_bits <= self.slot_bits <= 63:
+            raise ValueError(
+                f"field_bits = {self.field_bits}: a slot has {self.slot_bits} bits; use a coarser "
+                "grid, a smaller signal bound or a smaller cohort"
+            )
+        if not 1e-300 <= self.unit <= 1e300:
+            raise ValueError(f"unit = {self.unit}: use a number from 1e-300 to 1e300")
+        if self.cohort < 1:
+            raise ValueError(f"cohort = {self.cohort}: use at least 1")
+        if self.cohort >= 1 << self.plain_bits:
+            raise ValueError(
+                f"a slot of {self.plain_bits} bits cannot count {self.cohort} contributions"
+            )
+
+    @property
+    def fields(self) -> int:
+        """k: fields that share a slot."""
+        return self.slot_bits // self.field_bits
+
+    @property
+    def plain_bits(self) -> int:
+        """p: slots are integers modulo 2^p, p = k * w."""
+        return self.fields * self.field_bits
+
+    def slots(self, length: int) -> int:
+        """Slots that a vector of `length` integers takes, the count included."""
+        return 1 - (-length // self.fields)
+
+    def encode(self, integers: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
+        """`integers` (int64[d]) as slots, in chunks of CHUNK_SLOTS, uint64 < 2^plain_bits."""
+        header = np.ones(1, np.uint64)
+        start = 0
+        while header.size or start < len(integers):
+            stop = start + (CHUNK_SLOTS - header.size) * self.fields
+            part = _pack(integers[start:stop], self.field_bits, self.fields)
+            yield np.concatenate([header, part])
+            header, start = header[:0], stop
+
+    def decode(
+        self,
+        total: NDArray[np.uint64],
+        length: int,
+        contributors: tuple[str, ...],
+        public_weight: int | None = None,
+    ) -> Aggregate:
+        """The mean of `contributors`' vectors, times `unit`, from the opened sum of their slots.
+
+        total: uint64[slots(length)]. Contributions weigh one each: `public_weight` is not read.
+        Raises ProtocolError when the sum counts other contributions.
+        """
+        del public_weight
+        _check(total, self.slots(length), contributors)
+        mean = _fields(total[1:], self.field_bits, self.fields, length)
+        mean *= self.unit / len(contributors)
+        return Aggregate(mean, contributors, len(contributors))
+
+
+Encoding = FixedPoint | Integers
+"""How a vector becomes slots, and their sum a mean."""
+
+
+def _check(total: NDArray[np.uint64], slots: int, contributors: tuple[str, ...]) -> None:
+    if len(total) != slots:
+        raise ProtocolError(f"the opened sum has {len(total)} slots, not {slots}")
+    if int(total[0]) != len(contributors):
+        raise ProtocolError(
+            f"the opened sum counts {int(total[0])} updates, not {len(contributors)}"
+        )
+
+
+def _pack(integers: NDArray[np.int64], width: int, fields: int) -> NDArray[np.uint64]:
+    """sum_j 2^(width*j) * v_j mod 2^(width*fields) of each `fields` of `integers`."""
+    spare = -len(integers) % fields
+    if spare:
+        integers = np.concatenate([integers, np.zeros(spare, np.int64)])
+    columns = integers.view(np.uint64).reshape(-1, fields)
+    slots = columns[:, 0].copy()
+    for j in range(1, fields):
+        slots += columns[:, j] << np.uint64(j * width)
+    return slots & np.uint64((1 << (width * fields)) - 1)
+
+
+def _unpack(slots: NDArray[np.uint64], width: int, fields: int, length: int) -> NDArray[np.int64]:
+    """The first `length` signed fields of `slots`, int64[length]: with carries, lowest first."""
+    rest = slots.copy()
+    found = np.empty((len(slots), fields), np.int64)
+    to_sign = np.uint64(64 - width)
+    for j in range(fields):
+        field = (rest << to_sign).view(np.int64) >> np.int64(to_sign)
+        found[:, j] = field
+        rest = (rest - field.view(np.uint64)) >> np.uint64(width)
+    return found.reshape(-1)[:length]
+
+
+def _fields(slots: NDArray[np.uint64], width: int, fields: int, length: int) -> NDArray[np.float64]:
+    """All fields of value slots, float64[length], some slots at a time."""
+    values = np.empty(length, np.float64)
+    for start in range(0, len(slots), CHUNK_SLOTS):
+        at = start * fields
+        size = min(CHUNK_SLOTS * fields, length - at)
+        values[at : at + size] = _unpack(slots[start : start + CHUNK_SLOTS], width, fields, size)
+    return values

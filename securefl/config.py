@@ -123,10 +123,14 @@ class Training(Section):
 
 
 class Aggregation(Section):
-    """How the aggregate moves the global weights (Reddi et al. 2021, algorithm 2)."""
+    """How the aggregate moves the global weights (Reddi et al. 2021, algorithm 2).
+
+    `momentum` belongs to fedavg, `beta1`, `beta2` and `tau` to fedadam.
+    """
 
     algorithm: Literal["fedavg", "fedadam"] | Callable_ = "fedavg"
     learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3

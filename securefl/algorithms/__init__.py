@@ -37,7 +37,7 @@ class ServerRule(Protocol):
 def server_rule(aggregation: config.Aggregation) -> ServerRule:
     """The rule an experiment names; a `module:callable` is called with the aggregation section."""
     if aggregation.algorithm == "fedavg":
-        return FedAvg(aggregation.learning_rate)
+        return FedAvg(aggregation.learning_rate, aggregation.momentum)
     if aggregation.algorithm == "fedadam":
         rate, beta1, beta2 = aggregation.learning_rate, aggregation.beta1, aggregation.beta2
         return FedAdam(rate, beta1, beta2, aggregation.tau)

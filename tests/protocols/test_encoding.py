@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from protocols.encoding import CHUNK_SLOTS, FixedPoint
+from protocols.encoding import CHUNK_SLOTS, FixedPoint, Integers
 from protocols.errors import ProtocolError
 from protocols.keystream import Keystream, Seed
 
@@ -339,3 +340,78 @@ def test_decode_refuses_weights_that_cannot_be(weight: int) -> None:
     encoding = FixedPoint(8, 1.0, 3, 12, weight_cap=2)
     with pytest.raises(ProtocolError, match="weigh"):
         encoding.decode(slots_of_two(encoding), 5, ("a", "b"), public_weight=weight)
+
+
+@st.composite
+def noised(draw: st.DrawFn) -> tuple[Integers, list[list[int]]]:
+    """An encoding and vectors for it whose sum may or may not fit its fields."""
+    width, cohort = draw(st.integers(4, 30)), draw(st.integers(1, 6))
+    encoding = Integers(width, 0.5, cohort, draw(st.integers(width, 63)))
+    length, top = draw(st.integers(0, 2 * encoding.fields + 1)), 1 << width
+    vector = st.lists(st.integers(-top, top), min_size=length, max_size=length)
+    return encoding, draw(st.lists(vector, min_size=1, max_size=cohort))
+
+
+def summed(encoding: Integers, vectors: list[list[int]]) -> NDArray[np.uint64]:
+    """The sum of the vectors' slots, modulo 2^p."""
+    slots = [np.concatenate(list(encoding.encode(np.array(v, np.int64)))) for v in vectors]
+    assert {len(each) for each in slots} == {encoding.slots(len(vectors[0]))}
+    return np.sum(slots, axis=0, dtype=np.uint64) & np.uint64((1 << encoding.plain_bits) - 1)
+
+
+@given(noised())
+def test_sums_of_integers_are_exact_where_they_fit_and_wrap_where_they_do_not(
+    made: tuple[Integers, list[list[int]]],
+) -> None:
+    """Nothing is clamped: each field is the sum modulo 2^w, but for a carry out of one beneath."""
+    encoding, vectors = made
+    w, names = encoding.field_bits, tuple("abcdef"[: len(vectors)])
+    length = len(vectors[0])
+    aggregate = encoding.decode(summed(encoding, vectors), length, names)
+    truth = [sum(column) for column in zip(*vectors, strict=True)]
+    found = (aggregate.mean * len(vectors) / encoding.unit).round().astype(int).tolist()
+    carry = 0
+    for i, (total, read) in enumerate(zip(truth, found, strict=True)):
+        carry = 0 if i % encoding.fields == 0 else carry
+        assert (total + carry - read) % (1 << w) == 0
+        assert -(1 << (w - 1)) <= read < 1 << (w - 1)
+        carry = (total + carry - read) >> w
+    assert aggregate.total_weight == len(vectors)
+
+
+@pytest.mark.parametrize("width", [2, 7, 20, 31])
+def test_integers_work_across_chunks(width: int) -> None:
+    """encode and decode go CHUNK_SLOTS at a time."""
+    encoding = Integers(width, 2.0, 3, 62)
+    length = (CHUNK_SLOTS + 5) * encoding.fields
+    values = np.zeros(length, np.int64)
+    values[[0, CHUNK_SLOTS * encoding.fields - 1, CHUNK_SLOTS * encoding.fields, -1]] = 1, -2, 1, -1
+    total = np.concatenate(list(encoding.encode(values)))
+    assert np.array_equal(encoding.decode(total, length, ("a",)).mean, values * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "telling"),
+    [
+        ((63, 1.0, 3, 44), "a slot has 44 bits"),
+        ((1, 1.0, 3, 44), "field_bits = 1"),
+        ((10, 0.0, 3, 44), "unit = 0.0"),
+        ((10, float("nan"), 3, 44), "unit = nan"),
+        ((10, 1.0, 0, 44), "cohort = 0"),
+        ((2, 1.0, 9, 3), "cannot count 9"),
+    ],
+)
+def test_integers_that_cannot_be_carried_are_refused(fields: Any, telling: str) -> None:
+    """With the numbers and the mend."""
+    with pytest.raises(ValueError, match=telling):
+        Integers(*fields)
+
+
+def test_integers_count_their_contributions() -> None:
+    """The count slot must equal the number of contributors, the length that of the vector."""
+    encoding = Integers(10, 1.0, 3, 44)
+    total = summed(encoding, [[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(ProtocolError, match="counts 2 updates, not 3"):
+        encoding.decode(total, 3, ("a", "b", "c"))
+    with pytest.raises(ProtocolError, match="slots"):
+        encoding.decode(total, 30, ("a", "b"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -26,3 +27,18 @@ def test_rate_one_is_the_papers_average_of_models():
     start, models = rng.normal(size=4), rng.normal(size=(3, 4))
     moved, _ = FedAvg().step(start, (models - start).mean(axis=0), {})
     np.testing.assert_allclose(moved, models.mean(axis=0), atol=1e-12)
+
+
+def test_momentum_is_that_of_torchs_sgd():
+    rule = FedAvg(0.3, 0.9)
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=4)
+    parameter = torch.nn.Parameter(torch.tensor(weights))
+    torchs = torch.optim.SGD([parameter], lr=0.3, momentum=0.9)
+    moments = rule.start(4)
+    for _ in range(5):
+        mean = rng.normal(size=4)
+        weights, moments = rule.step(weights, mean, moments)
+        parameter.grad = torch.tensor(-mean)
+        torchs.step()
+        np.testing.assert_allclose(weights, parameter.detach().numpy(), rtol=1e-12)
