@@ -1,38 +1,20 @@
 """What noisy steps cost: events as values, and the epsilon of their composition.
 
-Two accountants, and nothing else is answered (docs/adr/0006-accountants.md):
+Two accountants answer, and the smaller figure holds, for both are upper bounds; what neither
+answers raises (docs/adr/0006-two-accountants.md):
 
-- continuous Gaussian steps alone: privacy loss distributions (dp-accounting), whose pessimistic
-  discretisation (Doroshenko et al. 2022) makes every figure an upper bound;
-- anything with a discrete Gaussian: Renyi differential privacy (RDP), from integer orders only.
+- Renyi differential privacy (RDP) from integer orders, for discrete Gaussians: `_by_renyi`;
+- privacy loss distributions (dp-accounting), for continuous Gaussians, and for discrete ones so
+  wide that they are rounded continuous ones but for a statistical distance:
+  `_distance_from_rounded`.
 
-**Why integer orders.** Let P be N_Z(0, sigma^2 I) on Z^d and P_v its shift by an integer vector v.
-For an integer k, E_P[(P_v / P)^k] = exp((k^2 - k) |v|^2 / (2 sigma^2)) * sum_x P_kv(x), and the
-last sum is 1 because kv is an integer vector. So with L = P_v / P and a sampling rate q,
-
-    E_P[((1 - q) + q L)^a] = sum_k C(a, k) (1 - q)^(a - k) q^k exp((k^2 - k) |v|^2 / (2 sigma^2))
-
-at every integer a >= 2, exactly as for the continuous Gaussian (Mironov, Talwar and Zhang 2019,
-section 3.3); it grows with |v|. That adding a record costs more than removing one is their theorem
-5, whose only premise is an involution that swaps P and P_v: here x -> v - x. For other orders the
-equality fails, but a -> log E_P[L^a] is convex and 0 at a = 1 (Wang, Balle and Kasiviswanathan
-2019, corollary 10), so between integers a chord bounds it.
-
-**Sums of shares.** The sum S of H independent N_Z(0, sigma^2) is not N_Z(0, H sigma^2), but their
-masses differ by a factor within exp(+-tau), tau = 10 sum_{k<H} exp(-2 pi^2 sigma^2 k / (k + 1)), in
-every coordinate (Kairouz, Liu and Steinke 2021, theorem 13 and its corollary). A mixture of
-shifts of S is then within exp(+-tau d) of the mixture of shifts of N_Z(0, H sigma^2 I), and since
-E_Q[(P / Q)^a] = sum P^a Q^(1-a), its logarithm moves by at most (2 a - 1) tau d.
-
-**From RDP to (epsilon, delta)**: Canonne, Kamath and Steinke 2020, proposition 12.
-
-**What is not exact is charged to delta.** Draws at statistical distance chi from the stated law, all
-steps together, cost (1 + e^epsilon) chi: P'(A) <= P(A) + chi <= e^epsilon Q(A) + delta + chi <=
-e^epsilon Q'(A) + delta + (1 + e^epsilon) chi. Where a sensitivity holds but for an event of
+**What is not exact is charged to delta.** Draws at statistical distance chi from the stated law,
+all steps together, cost (1 + e^epsilon) chi: P'(A) <= P(A) + chi <= e^epsilon Q(A) + delta + chi
+<= e^epsilon Q'(A) + delta + (1 + e^epsilon) chi. Where a sensitivity holds but for an event of
 probability beta that neighbours share (the same rounding randomness), P(A) <= P(A, good) + beta.
 
-Adjacency: add or remove one record (or person) for sampled events; replace one site's update by
-zero for `DiscreteGaussianSum`.
+**Adjacency**: add or remove one record (or person) for sampled events; replace one site's update
+by zero for `DiscreteGaussianSum`.
 """
 
 from __future__ import annotations
@@ -49,7 +31,7 @@ from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
-from protocols.noise import DiscreteGaussian
+from protocols.noise import CUT, LEAST_ROUNDED_VARIANCE, DiscreteGaussian, divergence_from_rounded
 
 ACCOUNTANT: Final = "privacy loss distributions (dp-accounting)"
 RENYI: Final = "Renyi differential privacy at integer orders"
@@ -116,7 +98,7 @@ class DiscreteGaussianSum:
     """Shares of N_Z(0, deviation^2) on the sum of the sites' integer updates; no sampling.
 
     Fields as in `PoissonDiscreteGaussianSum`. sensitivity: the L2 norm that conditional rounding
-    lets no site's update exceed (Kairouz, Liu and Steinke 2021, algorithm 1 and theorem 1).
+    lets no site's update exceed (Kairouz, Liu and Steinke 2021, algorithm 1).
     """
 
     deviation: float
@@ -148,31 +130,38 @@ class Repeated:
         _check(self.times >= 0, "times", self.times, "at least 0")
 
 
-def epsilon(spent: Iterable[Repeated], delta: float) -> float:
-    """Epsilon at `delta` (0 < delta < 1) of everything in `spent`, in any order.
+@final
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """An upper bound on epsilon, and the accountant that gave it."""
 
-    inf where no epsilon holds at this delta. Raises UnprovenError for a composition whose cost is
-    not proven here: a site's update and records are different units.
+    epsilon: float
+    accountant: str
+
+
+def epsilon(spent: Iterable[Repeated], delta: float) -> float:
+    """Epsilon at `delta` of everything in `spent`, as `cost`.
 
     >>> epsilon([Repeated(PoissonGaussian(1.0, 0.2), 0)], 1e-3)
     0.0
     """
+    return cost(spent, delta).epsilon
+
+
+def cost(spent: Iterable[Repeated], delta: float) -> Cost:
+    """What everything in `spent` costs at `delta` (0 < delta < 1), in any order.
+
+    Epsilon is inf where none holds at this delta. Raises UnprovenError for a composition whose
+    cost is not proven here: a site's update and records are different units.
+    """
     _check(0 < delta < 1, "delta", delta, "above 0 and below 1")
-    return _epsilon(_nonempty(spent), delta)
-
-
-def accountant(spent: Iterable[Repeated]) -> str:
-    """Which accountant answers for `spent`."""
-    continuous = all(isinstance(r.event, PoissonGaussian) for r in _nonempty(spent))
-    return ACCOUNTANT if continuous else RENYI
+    return _cost(tuple(r for r in spent if r.times), delta)
 
 
 def least(enough: Callable[[float], bool], low: float, high: float) -> float:
-    """The least x in [low, high] (to 0.1 %) that is `enough`; enough(high), and monotone."""
-    if enough(low):
-        return low
+    """The least x in (low, high] (to 0.1 %) that is `enough`, where enough(high); monotone."""
     while high - low > 1e-3 * high:
-        middle = math.sqrt(low * high) if high > 2 * low else (low + high) / 2
+        middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
@@ -195,7 +184,7 @@ def noise_multiplier(
         high *= 2
         if high > 1 << 20:
             raise ValueError(f"no noise reaches epsilon {target:g} at delta {delta:g}")
-    return least(enough, max(0.05, high / 2 if high > 1 else 0.0), high)
+    return least(enough, high / 2 if high > 1 else 0.05, high)
 
 
 def _check(holds: bool, name: str, value: float, use: str) -> None:
@@ -210,37 +199,34 @@ def _check_shares(deviation: float, shares: int, sensitivity: float, dimension: 
     _check(dimension >= 1, "dimension", dimension, "at least 1")
 
 
-def _nonempty(spent: Iterable[Repeated]) -> tuple[Repeated, ...]:
-    return tuple(r for r in spent if r.times)
-
-
 @lru_cache(maxsize=4096)
-def _epsilon(spent: tuple[Repeated, ...], delta: float) -> float:
-    if not spent:
-        return 0.0
-    units = {isinstance(r.event, DiscreteGaussianSum) for r in spent}
-    if len(units) > 1:
+def _cost(spent: tuple[Repeated, ...], delta: float) -> Cost:
+    if len({isinstance(r.event, DiscreteGaussianSum) for r in spent}) > 1:
         raise UnprovenError(
             "a site's update and a record are different units: account for them separately"
         )
-    if accountant(spent) == ACCOUNTANT:
-        curve = _by_loss_distributions(spent)
-    else:
-        curve = _by_renyi(spent)
-    slips = sum(r.times * _slip(r.event) for r in spent)
-    distance = sum(r.times * _distance(r.event) for r in spent)
-    # The least fixed point of epsilon = curve(delta - slips - (1 + e^epsilon) distance), from below.
+    if not spent:
+        return Cost(0.0, ACCOUNTANT)
+    discrete = any(not isinstance(r.event, PoissonGaussian) for r in spent)
+    delta -= sum(r.times * _slip(r.event) for r in spent)
+    costs = [Cost(_solve(_by_renyi(spent), delta, _distance(spent)), RENYI)] if discrete else []
+    if all(isinstance(r.event, PoissonGaussian) or _wide(r.event) for r in spent):
+        distance = _distance(spent) + _distance_from_rounded(spent)
+        costs.append(Cost(_solve(_by_loss_distributions(spent), delta, distance), ACCOUNTANT))
+    return min(costs, key=lambda cost: cost.epsilon)
+
+
+def _solve(curve: Callable[[float], float], delta: float, distance: float) -> float:
+    """The least epsilon >= curve(delta - (1 + e^epsilon) distance), found from below; else inf."""
     found = 0.0
     for _ in range(100):
-        left = delta - slips - (1 + math.exp(min(found, 700.0))) * distance
+        left = delta - (1 + math.exp(min(found, 700.0))) * distance
         if left <= 0:
             return math.inf
         needed = curve(left)
         if needed <= found:
             return found
-        found = needed if distance == 0 else needed * (1 + 1e-12)
-        if distance == 0:
-            return found
+        found = needed * (1 + 1e-9)
     return math.inf
 
 
@@ -248,32 +234,88 @@ def _slip(event: Event) -> float:
     return event.slip if isinstance(event, PoissonDiscreteGaussianSum) else 0.0
 
 
-def _distance(event: Event) -> float:
-    """The statistical distance of one step's draws from their law, all coordinates and shares."""
-    if isinstance(event, PoissonGaussian):
-        return event.distance
-    return DiscreteGaussian(event.deviation).tau * event.dimension * event.shares
+def _distance(spent: Iterable[Repeated]) -> float:
+    """The statistical distance of all draws from the laws that the events state."""
+    total = 0.0
+    for r in spent:
+        if isinstance(r.event, PoissonGaussian):
+            total += r.times * r.event.distance
+        else:
+            draws = r.times * r.event.dimension * r.event.shares
+            total += draws * DiscreteGaussian(r.event.deviation).tau
+    return total
+
+
+def _variance(event: PoissonDiscreteGaussianSum | DiscreteGaussianSum) -> float:
+    """v: that of the continuous Gaussian which, rounded, is nearly the sum of the shares."""
+    return event.shares * event.deviation**2 - 1 / 12
+
+
+def _wide(event: PoissonDiscreteGaussianSum | DiscreteGaussianSum) -> bool:
+    return _variance(event) >= LEAST_ROUNDED_VARIANCE
+
+
+def _distance_from_rounded(spent: Iterable[Repeated]) -> float:
+    """The statistical distance of all sums of shares from rounded continuous Gaussians.
+
+    For an integer S, S + round(Y) = round(S + Y): rounded Gaussian noise only looks at what the
+    continuous mechanism gives, and so does whatever adds further shares.
+
+    Divergences (`protocols.noise.divergence_from_rounded`) add up over coordinates and adaptive
+    steps, and Pinsker's inequality makes a distance of the total.
+    """
+    divergence = distance = 0.0
+    for r in spent:
+        if not isinstance(r.event, PoissonGaussian):
+            coordinates = r.times * r.event.dimension
+            divergence += coordinates * divergence_from_rounded(_variance(r.event))
+            apart = _sum_of_shares(r.event.deviation, r.event.shares)
+            distance += coordinates * (math.expm1(apart) + CUT)
+    return distance + math.sqrt(divergence / 2)
 
 
 def _by_loss_distributions(spent: tuple[Repeated, ...]) -> Callable[[float], float]:
-    """Epsilon as a function of delta, of continuous Gaussian steps."""
-    steps = [(r.event, r.times) for r in spent if isinstance(r.event, PoissonGaussian)]
-    # Any interval gives an upper bound; losses are large where the noise is small, and there a
-    # tenfold coarser grid costs less than 1e-3 of epsilon and is ten times as fast.
-    fine = all(step.noise_multiplier > 2 for step, _ in steps)
+    """Epsilon as a function of delta, with a continuous Gaussian in each event's place."""
+    gaussians = sorted((*_gaussian(r.event), r.times) for r in spent)
+    # Any interval gives an upper bound. Where the noise is small and the rate is not, losses are
+    # large, and a tenfold coarser grid costs less than 1e-3 of epsilon and is ten times as fast.
+    fine = any(multiplier > 2 or rate < 0.05 for multiplier, rate, _ in gaussians)
     losses = PLDAccountant(value_discretization_interval=1e-4 if fine else 1e-3)
-    for step, times in steps:
-        gaussian = dp_accounting.GaussianDpEvent(step.noise_multiplier)
-        losses.compose(dp_accounting.PoissonSampledDpEvent(step.rate, gaussian), times)
+    for multiplier, rate, times in gaussians:
+        gaussian = dp_accounting.GaussianDpEvent(multiplier)
+        losses.compose(dp_accounting.PoissonSampledDpEvent(rate, gaussian), times)
     return lambda delta: float(losses.get_epsilon(delta))
 
 
+def _gaussian(event: Event) -> tuple[float, float]:
+    """The noise multiplier and rate of the continuous Gaussian in the event's place."""
+    if isinstance(event, PoissonGaussian):
+        return event.noise_multiplier, event.rate
+    rate = event.rate if isinstance(event, PoissonDiscreteGaussianSum) else 1.0
+    return math.sqrt(_variance(event)) / event.sensitivity, rate
+
+
 def _by_renyi(spent: tuple[Repeated, ...]) -> Callable[[float], float]:
-    """Epsilon as a function of delta: the best order of the tight conversion."""
+    """Epsilon as a function of delta, by RDP: the best order.
+
+    Let P be N_Z(0, sigma^2 I) on Z^d and P_v its shift by an integer vector v. For an integer k,
+    E_P[(P_v / P)^k] = exp((k^2 - k) |v|^2 / (2 sigma^2)) * sum_x P(x - kv), and that sum is 1
+    because kv is an integer vector. So with L = P_v / P and a sampling rate q
+
+        E_P[((1 - q) + qL)^a] = sum_k C(a, k) (1-q)^(a-k) q^k exp((k^2 - k) |v|^2 / (2 sigma^2))
+
+    at every integer a >= 2, exactly as for the continuous Gaussian (Mironov, Talwar and Zhang
+    2019, section 3.3); it grows with |v|. Removing a record costs no more than adding one by their
+    theorem 5, whose premise is an involution that swaps P and P_v: here x -> v - x. At other orders
+    the equality fails, but a -> log E_P[L^a] is convex and 0 at a = 1 (Wang, Balle and
+    Kasiviswanathan 2019, corollary 10), so a chord between integers bounds it.
+
+    From RDP to (epsilon, delta) by Canonne, Kamath and Steinke 2020, proposition 12.
+    """
     moments = np.zeros(len(_ORDERS))
     for r in spent:
         moments += r.times * _log_moments(r.event)
-    # Chords between neighbouring integers, eight to a gap up to order 16; order 1 itself is left out.
+    # Chords between neighbouring integers, eight to a gap up to order 16, without order 1 itself.
     orders = np.concatenate([np.arange(1.125, 16, 0.125), _ORDERS[15:]])
     bounds = np.interp(orders, _ORDERS, moments)
 
@@ -287,7 +329,11 @@ def _by_renyi(spent: tuple[Repeated, ...]) -> Callable[[float], float]:
 
 @lru_cache(maxsize=1024)
 def _log_moments(event: Event) -> NDArray[np.float64]:
-    """log E_Q[(P / Q)^a] at each of the integer `_ORDERS`, an upper bound; 0 at order 1."""
+    """log E_Q[(P / Q)^a] at each of the integer `_ORDERS`, an upper bound; 0 at order 1.
+
+    Where all masses are known up to a factor exp(+-t), t = tau d for a sum of shares, those of
+    both mixtures are, and log sum P^a Q^(1-a) moves by at most (2a - 1) t.
+    """
     if isinstance(event, PoissonGaussian):
         return _sampled(event.noise_multiplier, event.rate)
     multiplier = math.sqrt(event.shares) * event.deviation / event.sensitivity
@@ -297,7 +343,7 @@ def _log_moments(event: Event) -> NDArray[np.float64]:
 
 
 def _sampled(multiplier: float, rate: float) -> NDArray[np.float64]:
-    """The sum of the module's docstring at each order, in logarithms."""
+    """The logarithm of the sum in `_by_renyi`'s docstring at each order, |v| / sigma inverted."""
     orders = _ORDERS.astype(np.float64)
     if rate == 1:
         return (orders**2 - orders) / (2 * multiplier**2)
@@ -312,6 +358,12 @@ def _sampled(multiplier: float, rate: float) -> NDArray[np.float64]:
 
 
 def _sum_of_shares(deviation: float, shares: int) -> float:
-    """tau of Kairouz, Liu and Steinke 2021: how far H shares are from one discrete Gaussian."""
+    """tau: every mass of the sum of H shares is within exp(+-tau) of one discrete Gaussian's.
+
+    Share by share: N_Z(0, k sigma^2) + N_Z(0, sigma^2) has the masses of N_Z(0, (k+1) sigma^2)
+    times sum_j exp(-(j - c)^2 / (2 s^2)), s^2 = sigma^2 k / (k+1), which varies with c by less than
+    a factor exp(10 exp(-2 pi^2 s^2)) for sigma >= 1/2 (Kairouz, Liu and Steinke 2021, section 3;
+    the Poisson summation in `protocols.noise`).
+    """
     k = np.arange(1, shares)
     return float(10 * np.exp(-2 * math.pi**2 * deviation**2 * k / (k + 1)).sum())

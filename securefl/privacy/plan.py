@@ -43,7 +43,8 @@ class RecordLocal:
         """
         steps = (rounds + privacy.spare_rounds) * steps_per_round
         most = float(privacy.expected_batch)
-        reachable = accounting.epsilon(most, privacy.rate, steps, privacy.delta)
+        least = accounting.PoissonGaussian(most, privacy.rate)
+        reachable = accounting.epsilon([accounting.Repeated(least, steps)], privacy.delta)
         if reachable > privacy.epsilon:
             raise ConfigurationError(
                 f"privacy.epsilon = {privacy.epsilon:g} is too small to train at all: "
@@ -64,8 +65,9 @@ class RecordLocal:
 
     def spent(self, rounds: int) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        steps = rounds * self.steps_per_round
-        return accounting.epsilon(self.noise_multiplier, self.rate, steps, self.delta)
+        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate)
+        steps = accounting.Repeated(step, rounds * self.steps_per_round)
+        return accounting.epsilon([steps], self.delta)
 
     def affords(self, rounds: int) -> bool:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
