@@ -158,11 +158,29 @@ def cost(spent: Iterable[Repeated], delta: float) -> Cost:
     return _cost(tuple(r for r in spent if r.times), delta)
 
 
-def least(enough: Callable[[float], bool], low: float, high: float) -> float:
-    """The least x in (low, high] (to 0.1 %) that is `enough`, where enough(high); monotone."""
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+def least(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """The least x from `low` (to 0.1 %) with cost(x) <= `target`, where cost falls as x grows.
+
+    Doubles `high` until it is enough; raises ValueError when even 2^20 * high is not.
+    Preconditions: 0 < low < high, target > 0.
+    """
+    ceiling, dear = high * (1 << 20), math.inf
+    while (cheap := cost(high)) > target:
+        low, high, dear = high, high * 2, cheap
+        if high > ceiling:
+            raise ValueError(f"no noise reaches epsilon {target:g}")
+    nudge = 1.0
+    while high > low * 1.001:
+        # The secant in logarithms, a little to the side that is still far off; or the middle.
+        share = 0.5
+        if dear < math.inf and cheap > 0:
+            share = math.log(dear / target) / math.log(dear / cheap)
+        middle = min(max(low * (high / low) ** share * nudge, low * 1.0004), high / 1.0004)
+        found = cost(middle)
+        if found <= target:
+            high, cheap, nudge = middle, found, 0.9994
+        else:
+            low, dear, nudge = middle, found, 1.0004
     return high
 
 
@@ -175,16 +193,10 @@ def noise_multiplier(
     Raises ValueError when no multiplier up to 2^20 does.
     """
 
-    def enough(noise: float) -> bool:
-        step = PoissonGaussian(noise, rate, distance)
-        return epsilon([Repeated(step, steps)], delta) <= target
+    def cost(noise: float) -> float:
+        return epsilon([Repeated(PoissonGaussian(noise, rate, distance), steps)], delta)
 
-    high = 1.0
-    while not enough(high):
-        high *= 2
-        if high > 1 << 20:
-            raise ValueError(f"no noise reaches epsilon {target:g} at delta {delta:g}")
-    return least(enough, high / 2 if high > 1 else 0.05, high)
+    return least(cost, target, 0.05, 1.0)
 
 
 def _check(holds: bool, name: str, value: float, use: str) -> None:
