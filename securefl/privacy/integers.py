@@ -45,7 +45,7 @@ def clipped_sum(gradients: Sequence[torch.Tensor], clip: float, units: int) -> N
             f"clip = {clip}, units = {units}, {rows} rows: use clip > 0 and "
             f"1 <= units < 2^53 / {max(rows, 1)}"
         )
-    wide = [gradient.reshape(rows, -1).double() for gradient in gradients]
+    wide = [part.reshape(rows, math.prod(part.shape[1:])).double() for part in gradients]
     size = sum(part.shape[1] for part in wide)
     slack = (size + 2) * 2.0**-52
     norms = torch.stack([part.square().sum(1) for part in wide]).sum(0).sqrt()
