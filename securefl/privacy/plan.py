@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Self, final
+from enum import Enum
+from typing import Final, Literal, Self, final
 
 from securefl import config
 from securefl.config import ConfigurationError
-from securefl.privacy import accounting
+from securefl.privacy import accounting, integers
+
+Unit = Literal["record", "person"]
+"""What is added or removed: one record, or all rows of one person."""
+
+RETRIED: Final = math.exp(-0.5)
+"""beta of conditional rounding: at most how often an attempt fails. It costs no privacy."""
 
 
 @final
@@ -20,7 +28,8 @@ class RecordLocal:
     divides by the public `expected_batch`.
 
     Formal Guarantees: what a site sends in all the rounds it is charged for is
-    (spent(rounds), delta)-differentially private under adding or removing one of its records, even
+    (spent(rounds), delta)-differentially private under adding or removing one of its records (or
+    people, where `unit` is "person" and all rows of one make one gradient), even
     if the aggregation is broken and every other site colludes. Nothing depends on the number of
     records. Arithmetic is in floating point: the noise is not yet hardened against its rounding
     (Mironov 2012).
@@ -33,6 +42,7 @@ class RecordLocal:
     expected_batch: int
     noise_multiplier: float
     steps_per_round: int
+    unit: Unit = "record"
 
     @classmethod
     def calibrate(cls, privacy: config.Privacy, rounds: int, steps_per_round: int) -> Self:
@@ -42,15 +52,7 @@ class RecordLocal:
         outweigh the clipped gradients of a whole expected batch pulling together.
         """
         steps = (rounds + privacy.spare_rounds) * steps_per_round
-        most = float(privacy.expected_batch)
-        reachable = accounting.epsilon(most, privacy.rate, steps, privacy.delta)
-        if reachable > privacy.epsilon:
-            raise ConfigurationError(
-                f"privacy.epsilon = {privacy.epsilon:g} is too small to train at all: "
-                f"{steps} steps at rate {privacy.rate:g} would need noise above the whole batch of "
-                f"{privacy.expected_batch}; epsilon >= {reachable:.3g} is reachable, or use fewer "
-                "rounds, a lower rate or a larger expected_batch"
-            )
+        _check_reachable(privacy, steps)
         noise = accounting.noise_multiplier(privacy.epsilon, privacy.delta, privacy.rate, steps)
         return cls(
             privacy.epsilon,
@@ -60,13 +62,356 @@ class RecordLocal:
             privacy.expected_batch,
             noise,
             steps_per_round,
+            privacy.unit,
         )
 
     def spent(self, rounds: int) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        steps = rounds * self.steps_per_round
-        return accounting.epsilon(self.noise_multiplier, self.rate, steps, self.delta)
+        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate)
+        steps = accounting.Repeated(step, rounds * self.steps_per_round)
+        return accounting.epsilon([steps], self.delta)
 
     def affords(self, rounds: int) -> bool:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
         return self.spent(rounds) <= self.epsilon
+
+
+class Observer(Enum):
+    """Whom a figure holds against."""
+
+    OTHERS = "the server and the colluding sites"
+    """They see every sum and know their own noise; with no collusion, one curious site."""
+    PUBLIC = "whoever sees only the released models"
+    """Nobody who took part speaks: every share of the noise is unknown to them."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """n sites, m = minimum contributions to any sum, T = colluding sites that are tolerated."""
+
+    sites: int
+    minimum: int
+    tolerated: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerated < self.minimum <= self.sites or self.shares(Observer.OTHERS) < 1:
+            raise ConfigurationError(
+                f"{self.sites} sites, a minimum of {self.minimum} and {self.tolerated} colluding: "
+                f"use a minimum from {max(self.tolerated, 1) + 1} to the number of sites"
+            )
+
+    def shares(self, observer: Observer) -> int:
+        """H: shares of noise in any sum that the observer does not know, at least."""
+        if observer is Observer.PUBLIC:
+            return self.minimum
+        return self.minimum - max(self.tolerated, 1)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RecordDistributed:
+    """One Poisson-sampled step a round, summed over all sites, with noise that only the sum has.
+
+    Each round every site takes a secret Poisson sample of its records (unit "record") or people
+    (unit "person": all rows of one person make one gradient) at the public `rate`, clips each
+    gradient to L2 norm `clip` as integers (`integers.clipped_sum` with `units`), rounds their sum
+    to the grid with its secret keystream (`integers.dithered`), adds N_Z(0, deviation^2) to every
+    coordinate, and uploads it under secagg or masked-bfv. The sum is divided by the public
+    `expected_batch`, which counts the records of all sites.
+
+    units: the clip in fine units; 2^16 of them are a grid unit. deviation: of one site's share, in
+    grid units. beta: how likely one rounding may exceed `sensitivity`. dimension: of the dense
+    model: pruning only takes coordinates away.
+
+    Formal Guarantees: against an observer who sees every opened sum, or the released models, and
+    knows all but `cohort.shares(observer)` shares of the noise in each of them, all the rounds that
+    a site is charged for, aborted ones included, are (spent(rounds, observer), delta)-
+    differentially private under adding or removing one of its records (or people). No sum is over
+    fewer than `cohort.minimum` sites, which secagg and masked-bfv enforce at every honest site;
+    shares beyond those, and a sum that wraps, only look at what is already private. Nothing depends
+    on the number of records. Nothing is promised against whoever sees one site's vector unmasked.
+    """
+
+    epsilon: float
+    delta: float
+    clip: float
+    rate: float
+    expected_batch: int
+    cohort: Cohort
+    dimension: int
+    units: int
+    deviation: float
+    beta: float
+    unit: Unit = "record"
+
+    def __post_init__(self) -> None:
+        _positive(
+            epsilon=self.epsilon, clip=self.clip, expected_batch=self.expected_batch, beta=self.beta
+        )
+        for observer in Observer:  # the event checks what it holds
+            self.event(observer)
+
+    @classmethod
+    def calibrate(
+        cls,
+        privacy: config.Privacy,
+        rounds: int,
+        cohort: Cohort,
+        dimension: int,
+        inflation: float = 0.02,
+    ) -> Self:
+        """The plan whose cost for `rounds` (and the spare ones) meets privacy.epsilon.
+
+        The grid is the coarsest on which rounding inflates the sensitivity by at most `inflation`,
+        and on which the noise is wide enough for the continuous Gaussian's accountant.
+
+        Raises ConfigurationError, with what is reachable, when the noise in one coordinate would
+        outweigh the clipped gradients of a whole expected batch pulling together.
+        """
+        total = rounds + privacy.spare_rounds
+        _check_reachable(privacy, total)
+        multiplier = accounting.noise_multiplier(
+            privacy.epsilon, 0.97 * privacy.delta, privacy.rate, total
+        )
+        beta = privacy.delta / (100 * total)
+        shares = cohort.shares(Observer.OTHERS)
+        sum_deviation = _wide_enough(privacy.epsilon, privacy.delta, total * dimension)
+        sum_deviation = max(sum_deviation, 2.1 * math.sqrt(shares))
+        grid_clip = _grid_clip(dimension, beta, inflation, sum_deviation / multiplier)
+        units = math.ceil(grid_clip * (1 << integers.FINE_BITS))
+
+        def plan(deviation: float) -> Self:
+            return cls(
+                privacy.epsilon,
+                privacy.delta,
+                privacy.clip,
+                privacy.rate,
+                privacy.expected_batch,
+                cohort,
+                dimension,
+                units,
+                deviation,
+                beta,
+                privacy.unit,
+            )
+
+        about = max(2.0, multiplier * plan(2.0).sensitivity / math.sqrt(shares))
+        deviation = accounting.least(
+            lambda x: plan(x).spent(total), privacy.epsilon, max(2.0, 0.9 * about), 1.002 * about
+        )
+        return plan(deviation)
+
+    @property
+    def grid(self) -> float:
+        """What one integer of the sum stands for, in the gradient's units."""
+        return self.clip * (1 << integers.FINE_BITS) / self.units
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one record moves the integer sum, L2, in grid units; `slip` says how surely."""
+        return _sensitivity(self.units, self.dimension, self.beta)
+
+    @property
+    def slip(self) -> float:
+        """The probability that one rounding exceeds `sensitivity`; 0 where it always holds."""
+        always = _sensitivity(self.units, self.dimension, 0.0)
+        return self.beta if self.sensitivity < always else 0.0
+
+    def event(self, observer: Observer) -> accounting.PoissonDiscreteGaussianSum:
+        """What one round costs against `observer`."""
+        return accounting.PoissonDiscreteGaussianSum(
+            self.deviation,
+            self.cohort.shares(observer),
+            self.sensitivity,
+            self.dimension,
+            self.rate,
+            self.slip,
+        )
+
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
+        return accounting.cost([accounting.Repeated(self.event(observer), rounds)], self.delta)
+
+    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
+        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
+        return self.cost(rounds, observer).epsilon
+
+    def affords(self, rounds: int) -> bool:
+        """Whether `rounds` charged rounds stay within the promised epsilon."""
+        return self.spent(rounds) <= self.epsilon
+
+    def field_bits(self, signal: float, overflow: float) -> int:
+        """Signed bits of one coordinate of the sum, wrapping with probability at most `overflow`.
+
+        Per coordinate and round. signal: how far the clipped gradients of all sites together may
+        move one coordinate, in clips; the sampled records at most, in practice far fewer.
+        """
+        return _field_bits(signal, overflow, self.units, self.deviation, self.cohort.sites)
+
+    @property
+    def signal_to_noise(self) -> float:
+        """An expected batch of clipped gradients, all alike, over the norm of all sites' noise."""
+        noise = self.grid * self.deviation * math.sqrt(self.cohort.sites * self.dimension)
+        return self.expected_batch * self.clip / noise
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SiteDistributed:
+    """Each site's whole update is protected, with noise that only the sum has.
+
+    A site trains as it likes, clips its update to L2 norm `clip` (`integers.clipped_sum` of one
+    row), rounds it to the grid until its norm is at most `sensitivity`
+    (`integers.conditionally_rounded`), adds N_Z(0, deviation^2) to every coordinate, and uploads it
+    under secagg or masked-bfv (Kairouz, Liu and Steinke 2021, algorithm 1).
+
+    units, deviation, dimension: as in `RecordDistributed`.
+
+    Formal Guarantees: against an observer as in `RecordDistributed`, all the rounds that a site is
+    charged for are (spent(rounds, observer), delta)-differentially private under replacing its
+    updates by zero: that a site takes part is no secret. This covers every record of the site.
+    """
+
+    epsilon: float
+    delta: float
+    clip: float
+    cohort: Cohort
+    dimension: int
+    units: int
+    deviation: float
+
+    def __post_init__(self) -> None:
+        _positive(epsilon=self.epsilon, clip=self.clip)
+        for observer in Observer:
+            self.event(observer)
+
+    @classmethod
+    def calibrate(
+        cls,
+        epsilon: float,
+        delta: float,
+        clip: float,
+        rounds: int,
+        cohort: Cohort,
+        dimension: int,
+        inflation: float = 0.02,
+    ) -> Self:
+        """The plan whose cost for `rounds` rounds, spare ones included, is epsilon at delta."""
+        multiplier = accounting.noise_multiplier(epsilon, 0.99 * delta, 1.0, rounds)
+        shares = cohort.shares(Observer.OTHERS)
+        sum_deviation = _wide_enough(epsilon, delta, rounds * dimension)
+        sum_deviation = max(sum_deviation, 2.1 * math.sqrt(shares))
+        grid_clip = _grid_clip(dimension, RETRIED, inflation, sum_deviation / multiplier)
+        units = math.ceil(grid_clip * (1 << integers.FINE_BITS))
+
+        def plan(deviation: float) -> Self:
+            return cls(epsilon, delta, clip, cohort, dimension, units, deviation)
+
+        about = max(2.0, multiplier * plan(2.0).sensitivity / math.sqrt(shares))
+        deviation = accounting.least(
+            lambda x: plan(x).spent(rounds), epsilon, max(2.0, 0.9 * about), 1.002 * about
+        )
+        return plan(deviation)
+
+    @property
+    def grid(self) -> float:
+        """What one integer of the sum stands for, in the update's units."""
+        return self.clip * (1 << integers.FINE_BITS) / self.units
+
+    @property
+    def sensitivity(self) -> float:
+        """The L2 norm that no rounded update exceeds, in grid units."""
+        return _sensitivity(self.units, self.dimension, RETRIED)
+
+    def event(self, observer: Observer) -> accounting.DiscreteGaussianSum:
+        """What one round costs against `observer`."""
+        shares = self.cohort.shares(observer)
+        return accounting.DiscreteGaussianSum(
+            self.deviation, shares, self.sensitivity, self.dimension
+        )
+
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
+        return accounting.cost([accounting.Repeated(self.event(observer), rounds)], self.delta)
+
+    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
+        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
+        return self.cost(rounds, observer).epsilon
+
+    def affords(self, rounds: int) -> bool:
+        """Whether `rounds` charged rounds stay within the promised epsilon."""
+        return self.spent(rounds) <= self.epsilon
+
+    def field_bits(self, overflow: float) -> int:
+        """Signed bits of one coordinate of the sum, wrapping with probability at most `overflow`.
+
+        Per coordinate and round, even if every site puts its whole clip into that coordinate.
+        """
+        sites = self.cohort.sites
+        return _field_bits(sites, overflow, self.units, self.deviation, sites)
+
+    @property
+    def signal_to_noise(self) -> float:
+        """All sites' clipped updates, all alike, over the norm of all sites' noise."""
+        noise = self.grid * self.deviation * math.sqrt(self.cohort.sites * self.dimension)
+        return self.cohort.sites * self.clip / noise
+
+
+Plan = RecordLocal | RecordDistributed | SiteDistributed
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} = {value}: use a number above 0")
+
+
+def _check_reachable(privacy: config.Privacy, steps: int) -> None:
+    least = accounting.PoissonGaussian(float(privacy.expected_batch), privacy.rate)
+    reachable = accounting.epsilon([accounting.Repeated(least, steps)], privacy.delta)
+    if reachable > privacy.epsilon:
+        raise ConfigurationError(
+            f"privacy.epsilon = {privacy.epsilon:g} is too small to train at all: "
+            f"{steps} steps at rate {privacy.rate:g} would need noise above the whole batch of "
+            f"{privacy.expected_batch}; epsilon >= {reachable:.3g} is reachable, or use fewer "
+            "rounds, a lower rate or a larger expected_batch"
+        )
+
+
+def _sensitivity(units: int, dimension: int, beta: float) -> float:
+    return integers.sensitivity(units / (1 << integers.FINE_BITS), dimension, beta)
+
+
+def _wide_enough(epsilon: float, delta: float, coordinates: int) -> float:
+    """The deviation of a sum from which its distance from a rounded Gaussian costs delta / 100.
+
+    Solves (1 + e^epsilon) sqrt(D) / (30 v^2) = delta / 100 for sqrt(v); at most 4096, for wider
+    fields cost more than the tighter accountant gives.
+    """
+    factor = 1 + math.exp(min(epsilon, 100.0))
+    return min(4096.0, math.sqrt(math.sqrt(factor * math.sqrt(coordinates) / (0.3 * delta))))
+
+
+def _grid_clip(dimension: int, beta: float, inflation: float, least: float) -> float:
+    """The clip in grid units: at least `least`, and rounding costs at most `inflation`."""
+
+    def inflated(clip: float) -> float:
+        return integers.sensitivity(clip, dimension, beta) / clip - 1
+
+    _positive(inflation=inflation)
+    return accounting.least(inflated, inflation, min(least, 1.0) / 2, max(least, 1.0))
+
+
+def _field_bits(signal: float, overflow: float, units: int, deviation: float, sites: int) -> int:
+    """Rounding adds at most one a site; n shares are sub-Gaussian with variance n deviation^2.
+
+    (Canonne, Kamath and Steinke 2020, section 2: so is one, and sub-Gaussians add up.)
+    """
+    if not (signal > 0 and 0 < overflow < 1):
+        raise ValueError(
+            f"signal = {signal}, overflow = {overflow}: use signal > 0 and 0 < overflow < 1"
+        )
+    noise = deviation * math.sqrt(2 * sites * math.log(2 / overflow))
+    reach = signal * units / (1 << integers.FINE_BITS) + sites + noise
+    return math.ceil(reach).bit_length() + 1
