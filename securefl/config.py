@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Clip = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -52,6 +52,7 @@ class Data(Section):
     )
     path: Path | None = None
     label: str | None = None
+    person: str | None = None
     task: Literal["classification", "regression"] | None = None
     classes: tuple[str, ...] | None = None
     drop: tuple[str, ...] = ()
@@ -153,20 +154,55 @@ class Aggregation(Section):
 
 
 class Privacy(Section):
-    """Record-level DP-SGD with local noise, for the whole run.
+    """DP-SGD on records, or on people (`data.person`), for the whole run.
 
-    `rate` and `expected_batch` are public choices and never derived from a record count.
-    `spare_rounds` are rounds that may be lost to aborts without overspending `epsilon`.
+    With `noise = "local"` each site's noise is enough by itself; `expected_batch` is a site's. With
+    "distributed" only the sum over the sites has enough, one step a round, and `expected_batch`
+    counts the records (or people) of all sites; masks hide what a site gives. `rate` and
+    `expected_batch` are public choices and never derived from a record count. `spare_rounds` are
+    rounds that may be lost to aborts without overspending `epsilon`. `signal`: how far all clipped
+    gradients together may move one coordinate of the sum, in clips, before it may wrap.
     """
 
-    unit: Literal["record"] = "record"
-    noise: Literal["local"] = "local"
+    unit: Literal["record", "person"] = "record"
+    noise: Literal["local", "distributed"] = "local"
     epsilon: Positive
     delta: Annotated[float, Field(ge=1e-12, lt=1)]
     clip: Clip = 1.0
     rate: Unit
     expected_batch: Count
     spare_rounds: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 2
+    signal: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.signal is not None and self.noise == "local":
+            raise ValueError('signal is read only with noise = "distributed"')
+        return self
+
+
+class SitePrivacy(Section):
+    """Each site's whole update protected, by noise that only the sum over the sites has enough of.
+
+    The update of any local training is clipped to L2 norm `clip`.
+    """
+
+    unit: Literal["site"]
+    noise: Literal["distributed"] = "distributed"
+    epsilon: Positive
+    delta: Annotated[float, Field(ge=1e-12, lt=1)]
+    clip: Clip = 1.0
+    spare_rounds: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 2
+
+
+def _unit(value: Any) -> str:
+    unit = value.get("unit", "record") if isinstance(value, dict) else value.unit
+    return "site" if unit == "site" else "record"
+
+
+AnyPrivacy = Annotated[
+    Annotated[Privacy, Tag("record")] | Annotated[SitePrivacy, Tag("site")], Discriminator(_unit)
+]
 
 
 class Encryption(Section):
@@ -243,7 +279,7 @@ class Experiment(Section):
     model: Model = Model()
     training: Training = Training()
     aggregation: Aggregation = Aggregation()
-    privacy: Privacy | None = None
+    privacy: AnyPrivacy | None = None
     protocol: Encryption = Encryption()
     pruning: Pruning | None = None
     stopping: Stopping | None = None
@@ -257,6 +293,7 @@ class Experiment(Section):
                 'aggregation.weighting = "records" sends exact record counts, which the privacy '
                 'plan does not cover: use "uniform", or "declared" with public weights'
             )
+        self._check_privacy()
         known = self.sites.names
         if self.pruning is not None:
             last = self.pruning.last_round or self.rounds
@@ -274,6 +311,32 @@ class Experiment(Section):
                     if site not in known:
                         raise ValueError(f"{key} names {site!r}, which is not in sites.names")
         return self
+
+    def _check_privacy(self) -> None:
+        privacy = self.privacy
+        if privacy is None:
+            return
+        if privacy.unit == "person" and self.data.person is None:
+            raise ValueError('privacy.unit = "person" needs data.person = "COLUMN"')
+        if privacy.noise == "local":
+            return
+        if self.protocol.name not in ("secagg", "masked-bfv") and not (
+            self.protocol.name == "plain" and self.not_private_seed is not None
+        ):
+            raise ValueError(
+                f'protocol.name = "{self.protocol.name}" shows single updates to whoever holds its '
+                'key, and with privacy.noise = "distributed" only the sum has enough noise: use '
+                '"masked-bfv" or "secagg"'
+            )
+        if self.aggregation.weighting != "uniform":
+            raise ValueError(
+                'privacy.noise = "distributed" adds up sums: use aggregation.weighting = "uniform"'
+            )
+        if privacy.unit != "site" and self.training.local_steps != 1:
+            raise ValueError(
+                f"training.local_steps = {self.training.local_steps}: with privacy.noise = "
+                '"distributed" a round is one step; use 1, or noise = "local"'
+            )
 
     @property
     def private(self) -> bool:
@@ -353,9 +416,11 @@ def _first_fault(error: pydantic.ValidationError) -> str:
     faults = error.errors(include_url=False)
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     path = [str(step) for step in fault["loc"]]
+    known = _keys(path[:-1])
+    if path[0] == "privacy" and path[1:2] in (["record"], ["site"]):
+        del path[1]  # which of the two sections it was read as
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        known = _keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         if near:
             return f"no key {key!r}; did you mean {'.'.join([*path[:-1], near[0]])!r}?"
@@ -377,7 +442,11 @@ def _keys(path: list[str]) -> list[str]:
     """The keys that exist at `path`, which leads from Experiment through its sections."""
     section: type[BaseModel] = Experiment
     for step in path:
-        annotation = section.model_fields[step].annotation
-        kinds = [annotation, *get_args(annotation)]
-        section = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+        if section is Experiment and step == "privacy":
+            section = SitePrivacy if path[1:2] == ["site"] else Privacy
+        elif step in section.model_fields:
+            annotation = section.model_fields[step].annotation
+            kinds = [annotation, *get_args(annotation)]
+            found = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+            section = found[0] if found else section
     return list(section.model_fields)

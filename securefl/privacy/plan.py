@@ -14,6 +14,9 @@ from securefl.privacy import accounting, integers
 Unit = Literal["record", "person"]
 """What is added or removed: one record, or all rows of one person."""
 
+_FINE_NOISE: Final = 1 << 22
+"""Fine units in a deviation of local noise: what hardening costs is then nothing."""
+
 RETRIED: Final = math.exp(-0.5)
 """beta of conditional rounding: at most how often an attempt fails. It costs no privacy."""
 
@@ -24,15 +27,16 @@ class RecordLocal:
     """DP-SGD at each site, on its own records, with its own noise (Abadi et al. 2016, algorithm 1).
 
     Every local step takes a secret Poisson sample at the public `rate`, clips each record's
-    gradient to `clip`, adds Gaussian noise of standard deviation noise_multiplier * clip, and
-    divides by the public `expected_batch`.
+    gradient to `clip` as integers (`integers.clipped_sum` with `units`), adds Gaussian noise of
+    standard deviation noise_multiplier * clip to the sum (`integers.hardened`), and divides by the
+    public `expected_batch`. dimension: of the dense model.
 
     Formal Guarantees: what a site sends in all the rounds it is charged for is
     (spent(rounds), delta)-differentially private under adding or removing one of its records (or
     people, where `unit` is "person" and all rows of one make one gradient), even
     if the aggregation is broken and every other site colludes. Nothing depends on the number of
-    records. Arithmetic is in floating point: the noise is not yet hardened against its rounding
-    (Mironov 2012).
+    records. Norms are checked and noise is added in integers, so that nothing leaks through the
+    low-order bits of floating-point numbers (Mironov 2012).
     """
 
     epsilon: float
@@ -42,10 +46,13 @@ class RecordLocal:
     expected_batch: int
     noise_multiplier: float
     steps_per_round: int
+    dimension: int
     unit: Unit = "record"
 
     @classmethod
-    def calibrate(cls, privacy: config.Privacy, rounds: int, steps_per_round: int) -> Self:
+    def calibrate(
+        cls, privacy: config.Privacy, rounds: int, steps_per_round: int, dimension: int
+    ) -> Self:
         """The plan whose cost for `rounds` (and the spare ones) meets privacy.epsilon.
 
         Raises ConfigurationError, with what is reachable, when the noise in one coordinate would
@@ -53,7 +60,10 @@ class RecordLocal:
         """
         steps = (rounds + privacy.spare_rounds) * steps_per_round
         _check_reachable(privacy, steps)
-        noise = accounting.noise_multiplier(privacy.epsilon, privacy.delta, privacy.rate, steps)
+        distance = integers.hardening_distance(_FINE_NOISE / 2, dimension)
+        noise = accounting.noise_multiplier(
+            privacy.epsilon, privacy.delta, privacy.rate, steps, distance
+        )
         return cls(
             privacy.epsilon,
             privacy.delta,
@@ -62,12 +72,24 @@ class RecordLocal:
             privacy.expected_batch,
             noise,
             steps_per_round,
+            dimension,
             privacy.unit,
         )
 
+    @property
+    def units(self) -> int:
+        """The clip in fine units: so many that the noise's deviation is about 2^22 of them."""
+        return max(1, round(_FINE_NOISE / self.noise_multiplier))
+
+    @property
+    def deviation(self) -> float:
+        """Of the noise, in fine units."""
+        return self.noise_multiplier * self.units
+
     def spent(self, rounds: int) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate)
+        distance = integers.hardening_distance(self.deviation, self.dimension)
+        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
         steps = accounting.Repeated(step, rounds * self.steps_per_round)
         return accounting.epsilon([steps], self.delta)
 

@@ -1,8 +1,9 @@
-"""Local training, with DP-SGD under a plan. The only user of Opacus.
+"""Local training, and what a site gives under a plan. The only user of Opacus.
 
-Opacus computes per-sample gradients and clips them. Sampling and noise are drawn here, from a
-keystream that the operating system seeds, because Opacus derives both the sampling rate and the
-expected batch from the private number of records and has no cryptographic generator any more.
+Opacus computes per-sample gradients. Clipping happens in integers (`integers.clipped_sum`), so that
+a record's bound is exact and no low-order bit of a float leaks. Sampling and noise are drawn from a
+keystream that the operating system seeds: Opacus derives the sampling rate and the expected batch
+from the private number of records, and has no cryptographic generator any more.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
-from scipy.special import ndtri
 
 from protocols.keystream import Keystream, Randomness, Seed
+from protocols.noise import DiscreteGaussian
 from securefl import config, models
 from securefl.data import Table
-from securefl.privacy.plan import RecordLocal
+from securefl.privacy import integers
+from securefl.privacy.plan import Plan, RecordDistributed, RecordLocal, SiteDistributed
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_MOST_NUMBERS = 1 << 23  # of per-sample gradients at a time
 
 
 class Trainer:
@@ -34,8 +37,9 @@ class Trainer:
         loss: Loss,
         table: Table,
         training: config.Training,
-        plan: RecordLocal | None,
+        plan: Plan | None,
         device: torch.device,
+        person: str | None = None,
     ) -> None:
         self._module = module.to(device)
         self._loss = loss
@@ -44,8 +48,16 @@ class Trainer:
         self._features = torch.from_numpy(table.features).to(device)
         self._target = torch.from_numpy(table.target).to(device)
         self._layout = models.layout(module)
-        # Losses are summed and the optimiser divides by the public expected batch.
-        self._sampled = GradSampleModule(module, loss_reduction="sum") if plan else None
+        # Whose gradients are sampled and clipped: each row, or all rows of a person together.
+        self._person: NDArray[np.int64] | None = None
+        self._protected = len(table)
+        if person is not None:
+            people, self._person = np.unique(table.groups[person], return_inverse=True)
+            self._protected = len(people)
+        # Losses are summed; who uses the sum divides by the public expected batch.
+        self._sampled = None
+        if isinstance(plan, RecordLocal | RecordDistributed):
+            self._sampled = GradSampleModule(module, loss_reduction="sum")
 
     def update(
         self, weights: NDArray[np.float32], mask: NDArray[np.bool_], randomness: Randomness
@@ -54,20 +66,62 @@ class Trainer:
 
         Starts a fresh local optimiser, so that a site carries nothing from round to round.
         """
+        if not (self._plan is None or isinstance(self._plan, RecordLocal)):
+            raise ValueError("under a distributed plan only sums may be seen: use noised_sum")
+        return self._trained(weights, mask, self._plan, randomness)
+
+    def _trained(
+        self,
+        weights: NDArray[np.float32],
+        mask: NDArray[np.bool_],
+        plan: RecordLocal | None,
+        randomness: Randomness,
+    ) -> NDArray[np.float32]:
         models.assign(self._module, weights)
         self._module.train()
-        masks = [
+        masks, seed = self._shaped(mask), Seed.draw(randomness)
+        if plan is None:
+            self._descend(masks, seed)
+        else:
+            self._descend_privately(plan, masks, seed)
+        return models.flatten(self._module) - weights
+
+    def _shaped(self, mask: NDArray[np.bool_]) -> list[torch.Tensor]:
+        """The pruning mask as one tensor of zeros and ones a parameter."""
+        return [
             torch.from_numpy(mask[part].reshape(shape)).to(parameter)
             for part, shape, parameter in zip(
                 self._layout.slices(), self._layout.shapes, self._module.parameters(), strict=True
             )
         ]
-        seed = Seed.draw(randomness)
-        if self._plan is None:
-            self._descend(masks, seed)
+
+    def noised_sum(
+        self, weights: NDArray[np.float32], mask: NDArray[np.bool_], randomness: Randomness
+    ) -> NDArray[np.int64]:
+        """This site's share of a distributed mechanism, int64[surviving weights], in grid units.
+
+        Against the gradient, so that adding it descends. Under a `RecordDistributed` plan one
+        Poisson-sampled step of clipped gradients; under a `SiteDistributed` one the clipped update
+        of whole local training. With this site's noise in it; only sums may be seen.
+        """
+        plan = self._plan
+        if isinstance(plan, SiteDistributed):
+            update = torch.from_numpy(self._trained(weights, mask, None, randomness)[None, mask])
+            seed = Seed.draw(randomness)
+            fine = integers.clipped_sum([update], plan.clip, plan.units)
+            rounding = Keystream(seed, "rounding")
+            total = integers.conditionally_rounded(fine, plan.sensitivity, rounding)
+        elif isinstance(plan, RecordDistributed):
+            models.assign(self._module, weights)
+            self._module.train()
+            seed = Seed.draw(randomness)
+            samples = Keystream(seed, "poisson sampling")
+            fine = self._clipped_sum(plan.rate, plan.clip, plan.units, self._shaped(mask), samples)
+            total = integers.dithered(-fine[mask], Keystream(seed, "rounding"))
         else:
-            self._descend_privately(self._plan, masks, seed)
-        return models.flatten(self._module) - weights
+            raise ValueError("only a distributed plan has noised sums")
+        noise = DiscreteGaussian(plan.deviation)
+        return total + noise.sample(Keystream(seed, "discrete gaussian noise"), len(total))
 
     def _descend(self, masks: list[torch.Tensor], seed: Seed) -> None:
         """Mini-batch steps on shuffled records: no privacy."""
@@ -86,61 +140,70 @@ class Trainer:
 
     def _descend_privately(self, plan: RecordLocal, masks: list[torch.Tensor], seed: Seed) -> None:
         """DP-SGD steps on Poisson samples. An empty sample still adds its noise."""
-        assert self._sampled is not None  # noqa: S101 - built with the plan
         parameters = list(self._module.parameters())
-        optimiser = _NoisyOptimiser(
-            models.optimiser(self._training, self._module.parameters()), plan, masks, seed
-        )
-        samples = Keystream(seed, "poisson sampling")
+        optimiser = models.optimiser(self._training, self._module.parameters())
+        samples, noise = Keystream(seed, "poisson sampling"), Keystream(seed, "gaussian noise")
+        kept = torch.cat([keep.reshape(-1) for keep in masks])
+        unit = plan.clip / plan.units / plan.expected_batch
         for _ in range(self._training.local_steps):
-            rows = torch.from_numpy(samples.uniform(len(self._target)) < plan.rate)
-            rows = rows.to(self._target.device)
-            optimiser.zero_grad()
-            with warnings.catch_warnings():
-                # Inputs need no gradient; torch says so at every step.
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                output = self._sampled(self._features[rows])
-                self._loss(output, self._target[rows]).sum().backward()  # type: ignore[no-untyped-call]
-            # A pruned coordinate counts neither in a record's norm nor in the noise. Clipping
-            # cannot bound what is not finite: one such record would show itself in the sum.
-            for parameter, keep in zip(parameters, masks, strict=True):
-                each = torch.nan_to_num(parameter.grad_sample, 0.0, 0.0, 0.0)  # type: ignore[attr-defined]
-                parameter.grad_sample = each * keep  # type: ignore[attr-defined]
+            total = self._clipped_sum(plan.rate, plan.clip, plan.units, masks, samples)
+            noised = integers.hardened(total, plan.deviation, noise)
+            gradient = torch.from_numpy(noised * unit).to(kept) * kept
+            for parameter, part in zip(parameters, self._layout.slices(), strict=True):
+                parameter.grad = gradient[part].reshape(parameter.shape)
             optimiser.step()
             _prune(parameters, masks)
 
-
-class _NoisyOptimiser(DPOptimizer):  # type: ignore[misc]
-    """Opacus's clipping with noise from a cryptographic keystream, on surviving weights only."""
-
-    def __init__(
+    def _clipped_sum(
         self,
-        optimiser: torch.optim.Optimizer,
-        plan: RecordLocal,
+        rate: float,
+        clip: float,
+        units: int,
         masks: list[torch.Tensor],
-        seed: Seed,
-    ) -> None:
-        super().__init__(
-            optimiser,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.clip,
-            expected_batch_size=plan.expected_batch,
-        )
-        self._masks = masks
-        self._noise = Keystream(seed, "gaussian noise")
-        self._deviation = plan.noise_multiplier * plan.clip
+        samples: Keystream,
+    ) -> NDArray[np.int64]:
+        """The sum over a Poisson sample of records (or people) of their clipped gradients.
 
-    def add_noise(self) -> None:
-        for parameter, keep in zip(self.params, self._masks, strict=True):
-            noise = gaussian(self._noise, parameter.numel()) * self._deviation
-            drawn = torch.from_numpy(noise).reshape(parameter.shape).to(keep)
-            parameter.grad = parameter.summed_grad + drawn * keep
+        int64[d], in units of clip / units. A pruned coordinate counts neither in a gradient's norm
+        nor in the sum.
+        """
+        total = np.zeros(self._layout.size, np.int64)
+        drawn = np.flatnonzero(samples.uniform(self._protected) < rate)
+        step = max(1, _MOST_NUMBERS // self._layout.size)
+        for start in range(0, len(drawn), step):
+            gradients = self._gradients(drawn[start : start + step], masks)
+            total += integers.clipped_sum(gradients, clip, units)
+        return total
 
-
-def gaussian(keystream: Keystream, count: int) -> NDArray[np.float64]:
-    """`count` standard normal draws (float64), by inversion of 52-bit uniforms inside (0, 1)."""
-    inside = ((keystream.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return np.asarray(ndtri(inside), np.float64)
+    def _gradients(self, drawn: NDArray[np.int64], masks: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradient of each record in `drawn`, or each person's mean gradient: [len(drawn), ...]
+        a parameter."""
+        assert self._sampled is not None  # noqa: S101 - built with the plan
+        rows = drawn
+        if self._person is not None:
+            rows = np.flatnonzero(np.isin(self._person, drawn))
+        at = torch.from_numpy(rows).to(self._target.device)
+        self._sampled.zero_grad()
+        with warnings.catch_warnings():
+            # Inputs need no gradient; torch says so at every step.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            output = self._sampled(self._features[at])
+            self._loss(output, self._target[at]).sum().backward()  # type: ignore[no-untyped-call]
+        each = [
+            parameter.grad_sample * keep  # type: ignore[attr-defined]
+            for parameter, keep in zip(self._module.parameters(), masks, strict=True)
+        ]
+        if self._person is None:
+            return each
+        position = np.searchsorted(drawn, self._person[rows])
+        share = torch.from_numpy(1.0 / np.bincount(position)[position]).to(each[0])
+        to = torch.from_numpy(position).to(at.device)
+        return [
+            part.new_zeros(len(drawn), *part.shape[1:]).index_add(
+                0, to, part * share.reshape(-1, *[1] * (part.ndim - 1))
+            )
+            for part in each
+        ]
 
 
 def _batches(records: int, size: int, seed: Seed) -> Iterator[NDArray[np.int64]]:
