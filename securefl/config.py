@@ -196,7 +196,7 @@ class SitePrivacy(Section):
 
 
 def _unit(value: Any) -> str:
-    unit = value.get("unit", "record") if isinstance(value, dict) else value.unit
+    unit = value.get("unit") if isinstance(value, dict) else getattr(value, "unit", None)
     return "site" if unit == "site" else "record"
 
 
@@ -417,7 +417,7 @@ def _first_fault(error: pydantic.ValidationError) -> str:
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     path = [str(step) for step in fault["loc"]]
     known = _keys(path[:-1])
-    if path[0] == "privacy" and path[1:2] in (["record"], ["site"]):
+    if path[:1] == ["privacy"] and path[1:2] in (["record"], ["site"]):
         del path[1]  # which of the two sections it was read as
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
