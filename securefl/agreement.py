@@ -13,6 +13,7 @@ from protocols.identity import digest
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.secagg import least_threshold
 from securefl.config import ConfigurationError, Experiment
+from securefl.replicas import Standing
 from securefl.state import GlobalState
 
 
@@ -72,6 +73,12 @@ def thresholds(experiment: Experiment, cohort: int) -> Thresholds:
             f"{cohort} site{'s' if cohort > 1 else ''} cannot reach "
             f"protocol.minimum_cohort = {chosen.minimum}: the sum of one site is that site's update"
         )
+    if protocol.openers > chosen.minimum:
+        raise ConfigurationError(
+            f"protocol.openers = {protocol.openers} but a sum may count no more than "
+            f"{chosen.minimum} sites: use at most {chosen.minimum}, or raise "
+            "protocol.minimum_cohort"
+        )
     return chosen
 
 
@@ -81,7 +88,7 @@ def public_weights(experiment: Experiment) -> Mapping[str, int] | None:
     return aggregation.weights if aggregation.weighting == "declared" else None
 
 
-def binding(experiment: Experiment, state: GlobalState, encoding: FixedPoint) -> bytes:
+def binding(experiment: Experiment, state: GlobalState | Standing, encoding: FixedPoint) -> bytes:
     """SHA-256 over the experiment, the weights and pruning mask, and the encoding (32 bytes)."""
     return digest("binding", experiment.digest(), state.digest(), repr(encoding).encode())
 
