@@ -257,10 +257,11 @@ class Replicas:
         self._keep((base, self.get(base)), (moved.standing(self._agreed), moved))
 
     def _keep(self, *copies: tuple[Standing, Replica]) -> None:
-        """Hold these, the last one new: it is on disk before any other is deleted."""
+        """Hold these, all on disk before any other is deleted."""
         held = {_name(standing): (standing, replica) for standing, replica in copies}
-        name, (_, replica) = list(held.items())[-1]
-        store.write(self._folder / name, replica.to_bytes())
+        for name, (_, replica) in held.items():
+            if not (self._folder / name).exists():
+                store.write(self._folder / name, replica.to_bytes())
         for path in self._folder.glob("update-*.model"):
             if path.name not in held:
                 path.unlink()
