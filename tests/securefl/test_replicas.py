@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from protocols.errors import MalformedMessageError, ProtocolError, RefusedError
 from protocols.rounds import make_identities
-from securefl import replicas, store
+from securefl import config, replicas, store
+from securefl.config import Experiment
 from securefl.messages import Answer, Refusal, Request, parse_reply
 from securefl.records import read_history
 from securefl.replicas import (
@@ -485,10 +485,61 @@ def lasting(tmp_path_factory, small):
 # --- whole runs ----------------------------------------------------------------------------------
 
 Exchange = Callable[[str, Mapping[str, bytes]], Mapping[str, bytes]]
+WHOLE = (
+    *SITES,
+    "rounds=3",
+    "not_private_seed=5",
+    "pruning.sparsity=0.5",
+    "aggregation.algorithm=fedadam",
+    "aggregation.learning_rate=0.1",
+)
 
 
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
+class StopError(Exception):
+    """Stands for a kill once a round is on disk."""
+
+
+class Stopping:
+    """Progress that ends the run after so many rounds: no report is drawn."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def started(self, rounds: int, done: int) -> None: ...
+    def phase(self, round_number: int, phase: str) -> None: ...
+    def finished(self, record: Any) -> None:
+        if record.update == self.rounds:
+            raise StopError
+
+
+def train(experiment: Experiment, folder: Path, rounds: int = 3, **options: Any) -> Path:
+    """Run until so many rounds are finished; the run directory."""
+    with pytest.raises(StopError):
+        run(experiment, folder, progress=Stopping(rounds), **options)
+    return folder
+
+
+def weights(folder: Path) -> np.ndarray:
+    """The weights that an unfinished run has come to, from the server's or the sites' disks."""
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    if newest.suffix == ".safetensors":
+        return GlobalState.from_checkpoint(newest)[0].weights
+    experiment, known = config.load(folder / "experiment.toml"), told_standing(newest)
+    copies = (
+        replicas.read(site / "models", known, experiment.digest(), 62)
+        for site in sorted((folder / "sites").iterdir())
+    )
+    return next(copy.state.weights for copy in copies if copy is not None)
+
+
+def told_standing(checkpoint: Path) -> Standing:
+    """What the server's checkpoint says of the model."""
+    return msgspec.convert(msgspec.json.decode(checkpoint.read_bytes())["standing"], Standing)
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Bit for bit, the signs of zeros too."""
+    return one.tobytes() == other.tobytes()
 
 
 def losing(rounds: set[int], phase: str, sites: set[str], hear: bool = True) -> Any:
@@ -507,78 +558,92 @@ def losing(rounds: set[int], phase: str, sites: set[str], hear: bool = True) -> 
     return wrap
 
 
-@pytest.fixture
-def whole(small, tmp_path):
-    """The weights of an undisturbed run in which the server holds the model."""
-    return weights(run(small(*WHOLE, "protocol.reveal=server"), tmp_path / "whole").directory)
+@pytest.fixture(scope="module")
+def served(small, tmp_path_factory) -> Callable[[str | None], Path]:
+    """The run in which the server holds the model and site-3 is lost in round 2 in that phase."""
+    made: dict[str | None, Path] = {}
 
+    def serve(phase: str | None = None) -> Path:
+        if phase not in made:
+            wrap = losing({2}, phase, {"site-3"}) if phase else None
+            folder = tmp_path_factory.mktemp("served") / "run"
+            made[phase] = train(small(*WHOLE, "protocol.reveal=server"), folder, exchange=wrap)
+        return made[phase]
 
-WHOLE = (
-    *SITES,
-    "not_private_seed=5",
-    "pruning.sparsity=0.5",
-    "aggregation.algorithm=fedadam",
-    "aggregation.learning_rate=0.1",
-)
+    return serve
 
 
 @pytest.mark.parametrize("hear", [True, False], ids=["its reply is lost", "it is away"])
 @pytest.mark.parametrize("phase", ["open", "report"])
-def test_a_site_that_misses_the_end_of_a_round_is_brought_up(small, tmp_path, whole, phase, hear):
+def test_a_site_that_misses_the_end_of_a_round_is_brought_up(small, tmp_path, served, phase, hear):
     """The sum counts it all the same; the run ends as if nothing had happened."""
     wrap = losing({2}, phase, {"site-2"}, hear)
-    done = run(small(*WHOLE), tmp_path / "run", exchange=wrap)
-    first, second, third, _ = read_history(done.directory).rounds
-    assert [r.round for r in (first, second, third)] == [1, 2, 3]
-    assert all(len(r.survivors) == 5 for r in (first, second, third))
-    assert ("borrow" in third.bytes_down) == (phase == "open" and not hear)
-    assert "borrow" not in {**first.bytes_down, **second.bytes_down}
-    assert weights(done.directory) == whole
+    folder = train(small(*WHOLE), tmp_path / "run", exchange=wrap)
+    records = read_history(folder).rounds
+    assert [record.round for record in records] == [1, 2, 3]
+    assert all(len(record.survivors) == 5 for record in records)
+    lent = ["borrow" in record.bytes_down for record in records]
+    assert lent == [False, False, phase == "open" and not hear]
+    assert same(weights(folder), weights(served()))
 
 
-@pytest.mark.parametrize("phase", ["advertise", "share", "upload", "confirm", "unmask"])
-def test_a_site_that_vanishes_before_the_opening_is_brought_up(small, tmp_path, phase):
+@pytest.mark.parametrize(
+    ("phase", "like"),
+    [
+        ("advertise", "upload"),
+        ("share", "upload"),
+        ("upload", "upload"),
+        ("confirm", None),
+        ("unmask", None),
+    ],
+)
+def test_a_site_that_vanishes_before_the_opening_is_brought_up(
+    small, tmp_path, served, phase, like
+):
     """The same sites are in the sum as where the server holds the model, and the same bits."""
-    made = {}
-    for reveal in ("server", "sites"):
-        wrap = losing({2}, phase, {"site-3"})
-        experiment = small(*WHOLE, f"protocol.reveal={reveal}")
-        done = run(experiment, tmp_path / reveal, exchange=wrap)
-        survivors = [record.survivors for record in read_history(done.directory).rounds]
-        made[reveal] = (weights(done.directory), survivors)
-    assert made["sites"] == made["server"]
-    held = {p.name for p in (tmp_path / "sites" / "sites" / "site-3" / "models").iterdir()}
-    assert held == {p.name for p in (tmp_path / "sites" / "sites" / "site-1" / "models").iterdir()}
+    folder = train(small(*WHOLE), tmp_path / "run", exchange=losing({2}, phase, {"site-3"}))
+    expected = served(like)
+    survivors = [record.survivors for record in read_history(folder).rounds]
+    assert survivors == [record.survivors for record in read_history(expected).rounds]
+    assert ("site-3" in survivors[1]) == (like is None)
+    assert same(weights(folder), weights(expected))
+    held = [
+        {path.name for path in (folder / "sites" / site / "models").iterdir()}
+        for site in ("site-1", "site-3")
+    ]
+    assert held[1] == held[0]
 
 
 @pytest.mark.parametrize("phase", ["open", "report"])
-def test_a_round_that_is_aborted_at_its_end_is_done_again(small, tmp_path, whole, phase):
+def test_a_round_that_is_aborted_at_its_end_is_done_again(small, tmp_path, served, phase):
     """Two of five are lost where four are needed: some hold a model that nobody goes on from."""
     wrap = losing({2}, phase, {"site-2", "site-4"}, hear=phase == "open")
-    done = run(small(*WHOLE), tmp_path / "run", exchange=wrap)
-    assert done.summary.aborted_rounds == (2,)
-    assert weights(done.directory) == whole
+    folder = train(small(*WHOLE), tmp_path / "run", exchange=wrap)
+    assert [record.aborted for record in read_history(folder).rounds] == [(), (2,), ()]
+    assert same(weights(folder), weights(served()))
 
 
-def test_a_site_that_lost_its_disk_is_brought_up_when_the_run_goes_on(small, tmp_path, whole):
-    class StopError(Exception):
-        pass
-
-    class Stopping:
-        def started(self, rounds: int, done: int) -> None: ...
-        def phase(self, round_number: int, phase: str) -> None: ...
-        def finished(self, record: Any) -> None:
-            if record.update == 2:
-                raise StopError
-
+def test_the_first_round_may_be_aborted_at_its_end_and_the_run_go_on(small, tmp_path, served):
+    """The start is on disk with what was made of it: a restarted site can go back to it."""
     folder = tmp_path / "run"
+    with pytest.raises(RunFailedError, match="3 rounds in a row"):
+        run(small(*WHOLE), folder, exchange=losing({1, 2, 3}, "report", {"site-1", "site-2"}))
+    resumed(folder, 3)
+    assert same(weights(folder), weights(served()))
+
+
+def resumed(folder: Path, rounds: int) -> None:
     with pytest.raises(StopError):
-        run(small(*WHOLE), folder, progress=Stopping())
+        resume(folder, progress=Stopping(rounds))
+
+
+def test_a_site_that_lost_its_disk_is_brought_up_when_the_run_goes_on(small, tmp_path, served):
+    folder = train(small(*WHOLE), tmp_path / "run", 2)
     for path in (folder / "sites" / "site-4" / "models").iterdir():
         path.unlink()
-    done = resume(folder)
+    resumed(folder, 3)
     assert "borrow" in read_history(folder).rounds[2].bytes_down
-    assert weights(done.directory) == whole
+    assert same(weights(folder), weights(served()))
 
 
 def test_too_many_lost_disks_end_the_run_with_the_reason(small, tmp_path):
@@ -598,10 +663,10 @@ def test_too_many_lost_disks_end_the_run_with_the_reason(small, tmp_path):
         run(experiment, folder, exchange=forgetting)
 
 
-def numbers(folder: Path) -> list[bytes]:
-    """Every four weights in a row of the model, as float32: what no message may hold."""
-    flat = np.concatenate([v.ravel() for v in load_file(folder / "model.safetensors").values()])
-    return [flat[i : i + 4].tobytes() for i in range(len(flat) - 3) if flat[i : i + 4].all()]
+def numbers(state: GlobalState) -> list[bytes]:
+    """Every four surviving weights in a row, as float32: what no message may hold."""
+    flat = state.weights[state.mask]
+    return [flat[i : i + 4].tobytes() for i in range(len(flat) - 3)]
 
 
 def test_no_weight_no_sum_and_no_pruning_mask_is_on_the_servers_wire_or_disk(small, tmp_path):
@@ -621,25 +686,21 @@ def test_no_weight_no_sum_and_no_pruning_mask_is_on_the_servers_wire_or_disk(sma
     for reveal in ("server", "sites"):
         wire.clear()
         lossy = losing({2}, "open", {"site-2"}, hear=False)
-        done = run(
-            small(*WHOLE, f"protocol.reveal={reveal}", consent, "rounds=3"),
+        folder = train(
+            small(*WHOLE, f"protocol.reveal={reveal}", consent),
             tmp_path / reveal,
             exchange=lambda exchange, lossy=lossy: lossy(recording(exchange)),
         )
         files = [
             path.read_bytes()
-            for path in done.directory.rglob("*")
-            if path.is_file() and path.parts[-2] != "models" and path.name != "model.safetensors"
+            for path in folder.rglob("*")
+            if path.is_file() and path.parts[-2] != "models"
         ]
         seen[reveal] = [*wire, *files]
-        if reveal == "sites":
-            assert any(b"Loan" in data for data in wire)
-            copies = [
-                Replica.from_bytes(path.read_bytes(), done.summary.parameters)
-                for path in (done.directory / "sites" / "site-1" / "models").iterdir()
-            ]
-    heads = numbers(tmp_path / "sites")
-    assert heads == numbers(tmp_path / "server")
+    assert any(b"Loan" in data for data in seen["sites"])
+    models = (tmp_path / "sites" / "sites" / "site-1" / "models").iterdir()
+    copies = [Replica.from_bytes(path.read_bytes(), 62) for path in models]
+    heads = [head for copy in copies for head in numbers(copy.state)]
     assert any(head in data for head in heads for data in seen["server"])  # the search finds it
     for data in seen["sites"]:
         assert not any(head in data for head in heads)
@@ -651,16 +712,11 @@ def test_no_weight_no_sum_and_no_pruning_mask_is_on_the_servers_wire_or_disk(sma
 
 def test_a_salted_digest_tests_no_guess_of_the_model(small, tmp_path):
     """Who knows the model exactly cannot tell it from the digest: the same model, other digests."""
-    told = []
+    made, told = [], []
     for name in "ab":
-        done = run(small(*WHOLE, "rounds=1"), tmp_path / name)
-        (path,) = (done.directory / "checkpoints").iterdir()
-        told.append((weights(done.directory), path.read_bytes()))
-    (model, digest), (same, other) = told
-    assert model == same
-    standings = [
-        Standing(**dict(zip(Standing.__struct_fields__, item["standing"][1:], strict=True)))
-        for item in map(msgspec.json.decode, (digest, other))
-    ]
-    assert standings[0].model != standings[1].model
-    assert standings[0].surviving == standings[1].surviving
+        folder = train(small(*WHOLE), tmp_path / name, 1)
+        made.append(weights(folder))
+        told.append(told_standing(folder / "checkpoints" / "update-000001.json"))
+    assert same(*made)
+    assert told[0].model != told[1].model
+    assert changed(told[0], model=told[1].model) == told[1]
