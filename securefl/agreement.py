@@ -82,6 +82,15 @@ def thresholds(experiment: Experiment, cohort: int) -> Thresholds:
     return chosen
 
 
+def quorum(experiment: Experiment, cohort: int) -> int:
+    """The fewest sites that must agree on a model under reveal = "sites": max(t, T + 2).
+
+    So any but one of them include an honest site, whoever else colludes.
+    """
+    chosen = thresholds(experiment, cohort)
+    return max(chosen.threshold, experiment.protocol.colluding_sites + 2)
+
+
 def public_weights(experiment: Experiment) -> Mapping[str, int] | None:
     """The declared weight of each site; None where all weigh one or weights travel encrypted."""
     aggregation = experiment.aggregation

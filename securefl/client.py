@@ -85,8 +85,8 @@ class Client:
         store.bind(digest("promise", experiment.digest(), repr(plan).encode()).hex())
         self._replicas: Replicas | None = None
         if experiment.protocol.reveal == "sites":
-            agreed, threshold = experiment.digest(), self._thresholds.threshold
-            self._replicas = Replicas(store.models, identity, session, agreed, threshold, start)
+            agreed, quorum = experiment.digest(), agreement.quorum(experiment, len(identity.roster))
+            self._replicas = Replicas(store.models, identity, session, agreed, quorum, start)
 
     def close(self) -> None:
         """Let go of the site's durable state."""

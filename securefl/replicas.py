@@ -8,18 +8,20 @@ Only the start, made from the public seed, has a public salt.
 A site moves from one copy to the next before its tag of phase open leaves, and keeps the copy it
 came from until it has opened a sum on the new one: whether the server counts the round or aborts
 it, the site holds what the next one begins on. A site that was away, or whose disk is older, is
-brought up before a round (state transfer, as in Castro and Liskov 1999, section 4.6):
+brought up before a round, by others' signed word as in the stable checkpoints of Castro and Liskov
+1999, section 4.3. Sites agree where q = max(t, T + 2) of them say the same (`agreement.quorum`).
 
 1. report  S -> C -> S  what a site holds, with a fresh X25519 key, signed
 2. lend    S -> a holder -> S  the late site's report; its copy, sealed for that key, signed
-3. borrow  S -> the late site -> S  the sealed copy, and t - 1 other sites' reports that they hold
+3. borrow  S -> the late site -> S  the sealed copy, and q - 1 other sites' reports that they hold
            it; its new report
 
 Formal Guarantees: the server, and whoever reads its wire, learns of a copy only its standing and
-its size. A site accepts a copy only from a pinned site, in this session, when it is the one named,
-no older than its own, and t - 1 other sites signed that they hold it; t - 1 > T, so one of them is
-honest. An honest site holds only what it computed from a sum that t sites confirmed, or accepted so
-itself; so a server with up to T sites can keep a site late, and cannot give it a model of its own.
+its size, as long as no site colludes with it. A site accepts a copy only from a pinned site, in
+this session, when it is the one named, no older than its own, and q - 1 other sites signed that
+they hold it; q - 1 > T, so one of them is honest. So a server with up to T sites can keep a site
+late, and cannot lend it a model that no honest site holds. It can still change the sum that all
+sites open: a sum has no integrity against an active server.
 """
 
 from __future__ import annotations
@@ -220,11 +222,11 @@ class Replicas:
         identity: Identity,
         session: bytes,
         agreed: bytes,
-        threshold: int,
+        quorum: int,
         start: Replica,
     ) -> None:
         self._folder, self._agreed = folder, agreed
-        self._identity, self._threshold = identity, threshold
+        self._identity, self._quorum = identity, quorum
         self._size = len(start.state.weights)
         self._context = context(session, agreed)
         self._channel: ChannelKey | None = None
@@ -321,10 +323,10 @@ class Replicas:
         for report in loan.reports:
             verify(me.roster, self._context, report)
             vouching += report.sender != me.name and wanted in report.holds
-        if vouching < self._threshold - 1:
+        if vouching < self._quorum - 1:
             raise RefusedError(
                 f"{vouching} other sites hold the model of update {wanted.update}, "
-                f"{self._threshold - 1} must"
+                f"{self._quorum - 1} must"
             )
         data = unseal_data(copy.box, self._channel, (copy.sender, copy.public), sealing)
         if _digest(self._agreed, data) != wanted.model:
@@ -368,8 +370,8 @@ def _sealing(
 class Whereabouts:
     """Who holds which copy, by the sites' own signed reports of this session."""
 
-    def __init__(self, roster: Roster, bound: bytes, threshold: int) -> None:
-        self._roster, self._bound, self._threshold = roster, bound, threshold
+    def __init__(self, roster: Roster, bound: bytes, quorum: int) -> None:
+        self._roster, self._bound, self._quorum = roster, bound, quorum
         self._reports: dict[str, Report] = {}
 
     def bring_up(self, cohort: Cohort, standing: Standing) -> Part[None]:
@@ -384,10 +386,10 @@ class Whereabouts:
             reports |= yield from self._ask(cohort, missing)
         for late in sorted(site for site in reports if standing not in reports[site].holds):
             holders = [site for site in reports if standing in reports[site].holds]
-            if len(holders) < self._threshold - 1:
+            if len(holders) < self._quorum - 1:
                 cohort.faults[late] = (
                     f"report: holds another model, and {len(holders)} others hold that of update "
-                    f"{standing.update}, {self._threshold - 1} must"
+                    f"{standing.update}, {self._quorum - 1} must"
                 )
                 continue
             copy = yield from _lent(cohort, Plea(reports[late], standing), holders)
@@ -401,7 +403,7 @@ class Whereabouts:
     def reached(self, cohort: Cohort, holders: tuple[str, ...], update: int) -> Part[Standing]:
         """After a round: what the `holders` of its aggregate made of it.
 
-        Raises RoundAbortedError unless at least t of them hold one and the same model.
+        Raises RoundAbortedError unless at least q of them hold one and the same model.
         """
         self._reports = {}
         reports = yield from self._ask(cohort, holders)
@@ -410,10 +412,10 @@ class Whereabouts:
             for site, report in reports.items()
         }
         told = {site: items[0] for site, items in made.items() if len(items) == 1}
-        cohort.require(len(told), f"sites moved to update {update}", self._threshold)
+        cohort.require(len(told), f"sites moved to update {update}", self._quorum)
         agreeing, odd = majority(told)
         cohort.faults |= dict.fromkeys(odd, "report: holds another model than the others")
-        cohort.require(len(agreeing), f"sites agree on update {update}", self._threshold)
+        cohort.require(len(agreeing), f"sites agree on update {update}", self._quorum)
         self._reports = {site: reports[site] for site in agreeing}
         return Standing.from_bytes(told[agreeing[0]])
 

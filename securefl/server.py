@@ -74,7 +74,8 @@ class Server:
         self._encoding = agreement.encoding(experiment, len(roster))
         self._thresholds = agreement.thresholds(experiment, len(roster))
         bound = replicas.context(session, experiment.digest())
-        self._whereabouts = Whereabouts(roster, bound, self._thresholds.threshold)
+        quorum = agreement.quorum(experiment, len(roster))
+        self._whereabouts = Whereabouts(roster, bound, quorum)
 
     def round(self, number: int, state: GlobalState | Standing) -> Round:
         """One round on `state`: what came of it, who fell out and why, and what it moved.

@@ -131,7 +131,7 @@ def test_random_bytes_are_no_message(data):
 
 
 class Table:
-    """Sites a to e with their copies on disk; t = 4 of 5."""
+    """Sites a to e with their copies on disk; four of five are a quorum."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,7 +141,7 @@ class Table:
 
     def site(self, name: str, **changes: Any) -> Replicas:
         """That site as after a restart."""
-        values = {"session": SESSION, "agreed": AGREED, "threshold": 4, "start": START} | changes
+        values = {"session": SESSION, "agreed": AGREED, "quorum": 4, "start": START} | changes
         return Replicas(self.folder / name, self.identities[name], **values)
 
     def move(self, copy: Replica, sites: str) -> None:
@@ -279,7 +279,7 @@ def claim(table: Table, name: str, *holds: Standing) -> Report:
     return Report(name, 7, holds, public, table.identities[name].key.sign(said))
 
 
-def test_t_minus_one_other_sites_must_vouch(late):
+def test_all_but_one_of_a_quorum_must_vouch(late):
     """Three here. The late site's own word, and reports of other copies, do not count."""
     wanted = late.plea.wanted
     by = {report.sender: report for report in late.loan.reports}
