@@ -331,10 +331,7 @@ class Replicas:
         data = unseal_data(copy.box, self._channel, (copy.sender, copy.public), sealing)
         if _digest(self._agreed, data) != wanted.model:
             raise ProtocolError(f"{copy.sender} lent another model than it named", [copy.sender])
-        replica = Replica.from_bytes(data, self._size)
-        if replica.standing(self._agreed) != wanted:
-            raise ProtocolError(f"{copy.sender} lent another model than it named", [copy.sender])
-        self._keep((wanted, replica))
+        self._keep((wanted, Replica.from_bytes(data, self._size)))
 
 
 def context(session: bytes, agreed: bytes) -> bytes:

@@ -646,6 +646,40 @@ def test_a_site_that_lost_its_disk_is_brought_up_when_the_run_goes_on(small, tmp
     assert same(weights(folder), weights(served()))
 
 
+class Lying:
+    """Stands for a site that signs another model than it holds once it has moved."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def answer(self, data: bytes) -> bytes:
+        request, reply = Request.from_bytes(data), self._client.answer(data)
+        if request.phase != "report":
+            return bytes(reply)
+        told = Report.from_bytes(Answer.from_bytes(reply).body)
+        if told.holds[-1].update == 0:
+            return bytes(reply)
+        holds = (*told.holds[:-1], changed(told.holds[-1], model=bytes(32)))
+        bound = replicas.context(request.session, self._client._experiment.digest())
+        said = replicas._reported(bound, told.sender, told.round, holds, told.public)
+        signature = self._client._identity.key.sign(said)
+        return Answer(changed(told, holds=holds, signature=signature).to_bytes()).to_bytes()
+
+
+def test_one_site_that_lies_of_its_model_changes_nothing(small, tmp_path, served):
+    """The others are a quorum. It is lent what it held all along, and takes part again."""
+    folder = train(small(*WHOLE), tmp_path / "run", clients={"site-2": Lying})
+    assert all(len(record.survivors) == 5 for record in read_history(folder).rounds)
+    assert same(weights(folder), weights(served()))
+
+
+def test_sites_that_do_not_agree_on_the_model_are_an_abort(small, tmp_path):
+    """Three of five say the same, where four must."""
+    with pytest.raises(RunFailedError, match="3 sites agree on update 1, 4 needed") as caught:
+        run(small(*WHOLE), tmp_path / "run", clients=dict.fromkeys(("site-2", "site-4"), Lying))
+    assert "site-2: report: holds another model than the others" in str(caught.value)
+
+
 def test_too_many_lost_disks_end_the_run_with_the_reason(small, tmp_path):
     experiment = small(*WHOLE, "rounds=2")
     folder = tmp_path / "run"
