@@ -26,6 +26,7 @@ sites open: a sum has no integrity against an active server.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self, final
@@ -365,10 +366,15 @@ def _sealing(
 
 @final
 class Whereabouts:
-    """Who holds which copy, by the sites' own signed reports of this session."""
+    """Who holds which copy, by the sites' own signed reports of this session.
 
-    def __init__(self, roster: Roster, bound: bytes, quorum: int) -> None:
+    lenders: how many sites may be asked to lend to one that refuses what it gets; of T + 1 one is
+    honest.
+    """
+
+    def __init__(self, roster: Roster, bound: bytes, quorum: int, lenders: int) -> None:
         self._roster, self._bound, self._quorum = roster, bound, quorum
+        self._lenders = lenders
         self._reports: dict[str, Report] = {}
 
     def bring_up(self, cohort: Cohort, standing: Standing) -> Part[None]:
@@ -376,9 +382,9 @@ class Whereabouts:
 
         What fails becomes a fault; the round goes on with those who hold the copy.
         """
-        known, self._reports = self._reports, {}  # an aborted round leaves nothing known
-        missing = tuple(site for site in self._roster if site not in known)
-        reports = dict(known)
+        # What is known is what a finished round told; after an abort everyone is asked again.
+        reports, self._reports = self._reports, {}
+        missing = tuple(site for site in self._roster if site not in reports)
         if missing:
             reports |= yield from self._ask(cohort, missing)
         for late in sorted(site for site in reports if standing not in reports[site].holds):
@@ -389,13 +395,16 @@ class Whereabouts:
                     f"{standing.update}, {self._quorum - 1} must"
                 )
                 continue
-            copy = yield from _lent(cohort, Plea(reports[late], standing), holders)
-            if copy is None:
-                continue
+            plea, tried = Plea(reports[late], standing), 0
             vouching = tuple(reports[site] for site in sorted(holders))
-            loan = Requests("borrow", {late: Loan(copy, vouching).to_bytes()})
-            reports |= cohort.accept(loan, (yield loan), self._parse)
-        self._reports = reports
+            for peer in holders:
+                if tried == self._lenders or standing in reports[late].holds:
+                    break
+                copy = yield from _lent(cohort, plea, peer)
+                if copy is not None:
+                    tried += 1
+                    loan = Requests("borrow", {late: Loan(copy, vouching).to_bytes()})
+                    reports |= cohort.accept(loan, (yield loan), self._parser(cohort))
 
     def reached(self, cohort: Cohort, holders: tuple[str, ...], update: int) -> Part[Standing]:
         """After a round: what the `holders` of its aggregate made of it.
@@ -418,18 +427,21 @@ class Whereabouts:
 
     def _ask(self, cohort: Cohort, sites: tuple[str, ...]) -> Part[dict[str, Report]]:
         requests = Requests("report", dict.fromkeys(sites, b""))
-        return cohort.accept(requests, (yield requests), self._parse)
+        return cohort.accept(requests, (yield requests), self._parser(cohort))
 
-    def _parse(self, site: str, data: bytes) -> Report:
-        report = Report.from_bytes(data)
-        if report.sender != site:
-            raise ProtocolError(f"{site} sent a report in the name of {report.sender}", [site])
-        verify(self._roster, self._bound, report)
-        return report
+    def _parser(self, cohort: Cohort) -> Callable[[str, bytes], Report]:
+        def parse(site: str, data: bytes) -> Report:
+            report = Report.from_bytes(data)
+            if (report.sender, report.round) != (site, cohort.begin.round):
+                raise ProtocolError(f"{site} sent a report that is not its own of now", [site])
+            verify(self._roster, self._bound, report)
+            return report
+
+        return parse
 
 
-def _lent(cohort: Cohort, plea: Plea, holders: list[str]) -> Part[Copy | None]:
-    """The copy from the first of `holders` that lends it."""
+def _lent(cohort: Cohort, plea: Plea, peer: str) -> Part[Copy | None]:
+    """The copy that `peer` lends, if it does."""
 
     def parse(site: str, data: bytes) -> Copy:
         copy = Copy.from_bytes(data)
@@ -437,9 +449,5 @@ def _lent(cohort: Cohort, plea: Plea, holders: list[str]) -> Part[Copy | None]:
             raise ProtocolError(f"{site} lent something else than it was asked for", [site])
         return copy
 
-    for peer in holders:
-        requests = Requests("lend", {peer: plea.to_bytes()})
-        copies = cohort.accept(requests, (yield requests), parse)
-        if peer in copies:
-            return copies[peer]
-    return None
+    requests = Requests("lend", {peer: plea.to_bytes()})
+    return cohort.accept(requests, (yield requests), parse).get(peer)

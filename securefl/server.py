@@ -75,7 +75,8 @@ class Server:
         self._thresholds = agreement.thresholds(experiment, len(roster))
         bound = replicas.context(session, experiment.digest())
         quorum = agreement.quorum(experiment, len(roster))
-        self._whereabouts = Whereabouts(roster, bound, quorum)
+        lenders = experiment.protocol.colluding_sites + 1
+        self._whereabouts = Whereabouts(roster, bound, quorum, lenders)
 
     def round(self, number: int, state: GlobalState | Standing) -> Round:
         """One round on `state`: what came of it, who fell out and why, and what it moved.

@@ -547,7 +547,7 @@ def losing(rounds: set[int], phase: str, sites: set[str], hear: bool = True) -> 
 
     def wrap(exchange: Exchange) -> Exchange:
         def lossy(asked: str, messages: Mapping[str, bytes]) -> Mapping[str, bytes]:
-            number = Request.from_bytes(next(iter(messages.values()))).round
+            number = max((Request.from_bytes(data).round for data in messages.values()), default=0)
             gone = sites if asked == phase and number in rounds else set()
             if not hear:
                 messages = {site: data for site, data in messages.items() if site not in gone}
@@ -664,6 +664,66 @@ class Lying:
         said = replicas._reported(bound, told.sender, told.round, holds, told.public)
         signature = self._client._identity.key.sign(said)
         return Answer(changed(told, holds=holds, signature=signature).to_bytes()).to_bytes()
+
+
+def test_a_site_stays_late_over_an_aborted_round_and_is_brought_up_in_the_next(
+    small, tmp_path, served
+):
+    """Nobody lends in round 3, and it is aborted; in round 4 everyone reports anew."""
+    others = {"site-1", "site-3", "site-4", "site-5"}
+
+    def wrap(exchange: Exchange) -> Exchange:
+        for number, phase, sites in ((2, "open", {"site-2"}), (3, "lend", others)):
+            exchange = losing({number}, phase, sites, hear=False)(exchange)
+        return losing({3}, "upload", {"site-4"})(exchange)  # type: ignore[no-any-return]
+
+    folder = train(small(*WHOLE), tmp_path / "run", exchange=wrap)
+    third = read_history(folder).rounds[2]
+    assert (third.round, third.aborted, len(third.survivors)) == (4, (3,), 5)
+    assert "borrow" in third.bytes_down
+    assert same(weights(folder), weights(served()))
+
+
+@pytest.mark.parametrize("how", ["garbage", "another box"])
+def test_a_bad_lender_is_passed_over(small, tmp_path, served, how):
+    """What it lends is refused by the late site; the next holder is asked."""
+
+    class Bad:
+        def __init__(self, client: Any) -> None:
+            self._client = client
+
+        def answer(self, data: bytes) -> bytes:
+            reply = self._client.answer(data)
+            if Request.from_bytes(data).phase != "lend":
+                return bytes(reply)
+            if how == "garbage":
+                return Answer(b"garbage").to_bytes()
+            copy = Copy.from_bytes(Answer.from_bytes(reply).body)
+            return Answer(changed(copy, box=bytes(len(copy.box))).to_bytes()).to_bytes()
+
+    wrap = losing({2}, "open", {"site-2"}, hear=False)
+    folder = train(small(*WHOLE), tmp_path / "run", exchange=wrap, clients={"site-1": Bad})
+    assert len(read_history(folder).rounds[2].survivors) == 5
+    assert same(weights(folder), weights(served()))
+
+
+def test_a_report_of_an_earlier_round_does_not_count(small, tmp_path):
+    """A site that repeats what it once said is not taken to hold anything new."""
+
+    class Repeating:
+        def __init__(self, client: Any) -> None:
+            self._client, self._said = client, b""
+
+        def answer(self, data: bytes) -> bytes:
+            if Request.from_bytes(data).phase == "report":
+                self._said = self._said or self._client.answer(data)
+                return self._said
+            return bytes(self._client.answer(data))
+
+    clients = dict.fromkeys(("site-2", "site-4"), Repeating)
+    with pytest.raises(RunFailedError, match="3 sites moved to update 1, 4 needed") as caught:
+        run(small(*WHOLE), tmp_path / "run", clients=clients)
+    assert "site-2: report: site-2 sent a report that is not its own of now" in str(caught.value)
 
 
 def test_one_site_that_lies_of_its_model_changes_nothing(small, tmp_path, served):
