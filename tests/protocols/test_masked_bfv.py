@@ -589,7 +589,7 @@ def test_nothing_that_the_server_sees_is_the_aggregate(small: Small) -> None:
     assert not hasattr(outcome, "aggregate")
     seen = b"\0|".join([*game.sent, *game.received])
     truth = game.truth(tuple("abcd"))
-    slots = game._pack(truth, encoding.field_bits, encoding.fields)
+    slots = _pack(truth, game.encoding.field_bits, game.encoding.fields)
     mean = revealed(game, "b").mean
     assert np.array_equal(mean, truth * (1 / (game.encoding.levels * 4)))
     bits = game.encoding.plain_bits
