@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from protocols import bfv_sum, masked_bfv, plain, secagg
 from protocols.bfv import Parameters, SecretKey, Sum
 from protocols.bitpacking import pack
-from protocols.encoding import Aggregate, FixedPoint
+from protocols.encoding import Aggregate, FixedPoint, _pack
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
 from protocols.identity import digest
 from protocols.keystream import Keystream, Seed
