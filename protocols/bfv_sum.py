@@ -3,7 +3,7 @@
 1. advertise  C -> S  a fresh signed X25519 key
 2. share      the lowest site -> S -> C  this round's HE seed, sealed end to end for every site
 3. upload     C -> S  the encoded vector, encrypted; S adds ciphertexts
-4. open       S -> one site -> S  the sum, decrypted once
+4. open       S -> k sites -> S  the sum, decrypted once by each; k = 1 unless asked otherwise
 
 Stops an honest-but-curious server that colludes with no site. A site that colludes with the server
 opens everything: that is what masked-bfv is for. The key is fresh in every round.
@@ -46,6 +46,7 @@ from protocols.rounds import (
     ServerSide,
     Slots,
     Steps,
+    majority,
     public_weight,
     statement,
 )
@@ -177,6 +178,16 @@ def open_key(
     expected: Expected, begin: Begin, channel: ChannelKey, sealed: SealedSeed
 ) -> SecretKey:
     """The round's HE key from the seed that was sealed for this site."""
+    return secret_key(expected, open_seed(expected, begin, channel, sealed))
+
+
+def secret_key(expected: Expected, seed: Seed) -> SecretKey:
+    """The HE key that `seed` becomes."""
+    return SecretKey(seed, Parameters(expected.encoding.plain_bits, expected.encoding.cohort))
+
+
+def open_seed(expected: Expected, begin: Begin, channel: ChannelKey, sealed: SealedSeed) -> Seed:
+    """The round's HE seed that was sealed for this site, after all checks."""
     me = expected.identity
     if sealed.receiver != me.name:
         raise RefusedError(f"this seed is sealed for {sealed.receiver}, not {me.name}")
@@ -187,20 +198,26 @@ def open_key(
     seed = unseal(sealed.box, channel, (sealed.maker, sealed.public), context)
     if _key_id(begin, seed) != sealed.key:
         raise ProtocolError(f"{sealed.maker} sealed another seed than it named", [sealed.maker])
-    return SecretKey(seed, Parameters(expected.encoding.plain_bits, expected.encoding.cohort))
+    return seed
 
 
 def open_sum(expected: Expected, begin: Begin, key: SecretKey, request: SumToOpen) -> bytes:
     """The OpenedSum; RefusedError when its count slot does not count the contributors."""
+    opened = opened_slots(expected, key, request)
+    payload = pack(opened, expected.encoding.plain_bits).tobytes()
+    me = expected.identity
+    signature = me.key.sign(statement(begin.context, "open", me.name, payload))
+    return OpenedSum(me.name, payload, signature).to_bytes()
+
+
+def opened_slots(expected: Expected, key: SecretKey, request: SumToOpen) -> NDArray[np.uint64]:
+    """The slots of the sum; RefusedError when the first does not count the contributors."""
     count = len(request.contributors)
     opened = key.open(request.payload, expected.encoding.slots(expected.length), count)
     if int(opened[0]) != count:
         # What it does count stays here: a decrypted slot of a ciphertext that the sender chose.
         raise RefusedError(f"the sum counts other updates than the {count} it names")
-    payload = pack(opened, expected.encoding.plain_bits).tobytes()
-    me = expected.identity
-    signature = me.key.sign(statement(begin.context, "open", me.name, payload))
-    return OpenedSum(me.name, payload, signature).to_bytes()
+    return opened
 
 
 def _shared(begin: Begin, sealed: SealedSeed) -> bytes:
@@ -214,10 +231,13 @@ def server(
     encoding: FixedPoint,
     length: int,
     weights: Mapping[str, int] | None = None,
+    openers: int = 1,
 ) -> ServerSide:
     """The server's round. It relays the sealed seed, adds ciphertexts, and holds no key.
 
-    Raises RoundAbortedError when fewer than the minimum cohort are left in any phase.
+    openers: how many sites must open the sum, each by itself, and agree on every bit.
+    Raises RoundAbortedError when fewer than the minimum cohort are left in any phase, or openers
+    disagree.
     """
     cohort = Cohort(begin, roster)
 
@@ -266,12 +286,10 @@ def server(
     contributors = tuple(cohort.accept(requests, (yield requests), added))
     cohort.require(len(contributors), "uploads")
 
-    # open: one key holder decrypts the sum; if it does not answer, the next one is asked
-    message = SumToOpen(contributors, (), total.to_bytes()).to_bytes()
+    # open: key holders decrypt the sum; for one that does not answer, the next one is asked
+    request = SumToOpen(contributors, (), total.to_bytes())
     weight = public_weight(weights, contributors)
-    aggregate = yield from opening(
-        cohort, contributors, contributors, message, encoding, length, weight
-    )
+    aggregate = yield from opening(cohort, contributors, request, encoding, length, weight, openers)
     return Outcome(aggregate, cohort.faults)
 
 
@@ -286,17 +304,21 @@ def check_seeds(cohort: Cohort, site: str, public: bytes, items: tuple[SealedSee
 
 def opening(
     cohort: Cohort,
-    contributors: tuple[str, ...],
-    openers: tuple[str, ...],
-    message: bytes,
+    holders: tuple[str, ...],
+    request: SumToOpen,
     encoding: FixedPoint,
     length: int,
     weight: int | None,
+    openers: int,
 ) -> Part[Aggregate]:
-    """Phase open: ask one of `openers` after the other until one opens the sum."""
-    slots = encoding.slots(length)
+    """Phase open: ask `holders` of the key in turn until `openers` of them opened the sum.
 
-    def parse(site: str, data: bytes) -> Aggregate:
+    Raises RoundAbortedError when fewer do, or what they opened is not equal bit for bit: then the
+    culprits are those outside the majority, and all of them where there is none.
+    """
+    slots, message = encoding.slots(length), request.to_bytes()
+
+    def parse(site: str, data: bytes) -> tuple[bytes, Aggregate]:
         answer = OpenedSum.from_bytes(data)
         cohort.verify("open", answer.sender, site, answer.signature, answer.payload)
         try:
@@ -304,14 +326,24 @@ def opening(
             opened = unpack(packed, slots, encoding.plain_bits)
         except ValueError as error:
             raise MalformedMessageError(f"opened sum: {error}", [site]) from None
-        return encoding.decode(opened, length, contributors, weight)
+        return answer.payload, encoding.decode(opened, length, request.contributors, weight)
 
-    for opener in openers:
-        requests = Requests("open", {opener: message})
-        answers = cohort.accept(requests, (yield requests), parse)
-        if opener in answers:
-            return answers[opener]
-    raise RoundAbortedError(f"round {cohort.begin.round}: no site opened the sum", cohort.faults)
+    answers: dict[str, tuple[bytes, Aggregate]] = {}
+    waiting, number = list(holders), cohort.begin.round
+    while len(answers) < openers and waiting:
+        missing = openers - len(answers)
+        requests = Requests("open", dict.fromkeys(waiting[:missing], message))
+        del waiting[:missing]
+        answers |= cohort.accept(requests, (yield requests), parse)
+    if not answers:
+        raise RoundAbortedError(f"round {number}: no site opened the sum", cohort.faults)
+    cohort.require(len(answers), "sites opened the sum", openers)
+    _, odd = majority({site: payload for site, (payload, _) in answers.items()})
+    if odd:
+        raise RoundAbortedError(
+            f"round {number}: sites opened the sum differently ({', '.join(odd)})", odd
+        )
+    return next(aggregate for _, aggregate in answers.values())
 
 
 def run(

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 from protocols import bfv_sum, masked_bfv, plain, secagg
 from protocols.errors import RefusedError
 from protocols.keystream import Randomness
-from protocols.rounds import Expected, ServerSide, Slots, Steps
+from protocols.rounds import BlindServerSide, Expected, ServerSide, Slots, Steps
 
 UPLOAD: Final = "upload"
 """The phase, in every protocol, in which a client trains and sends its vector."""
@@ -28,6 +28,7 @@ class Protocol:
     Every step takes (state, message, randomness), except the one of phase "upload", which takes
     (state, message, slots, randomness). `accepts` names the states that a step continues from.
     masked: whether sites put masks on their vectors, so that thresholds hold.
+    blind_server: the server's generator under reveal = "sites", where the protocol has that.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Protocol:
     steps: Steps
     accepts: Mapping[str, type | tuple[type, ...]]
     masked: bool = False
+    blind_server: Callable[..., BlindServerSide] | None = None
 
     def __post_init__(self) -> None:
         if not set(self.phases) == set(self.steps) == set(self.accepts):
@@ -105,6 +107,7 @@ _ALL: Final = (
             "open": (masked_bfv.Released, masked_bfv.Confirmed),
         },
         masked=True,
+        blind_server=masked_bfv.blind_server,
     ),
 )
 

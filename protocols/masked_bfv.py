@@ -6,18 +6,27 @@
 3. upload     C -> S  the encoded vector plus all masks, encrypted; S adds ciphertexts
 4. confirm    C -> S  a signature under who is in the sum
 5. unmask     C -> S  shares; S rebuilds the outstanding masks and takes them off without the HE key
-6. open       S -> one site -> S  the sum, decrypted once, after t signatures were checked
+6. open       S -> k sites -> S  the sum, decrypted once by each, after t signatures were checked;
+              k = 1 unless asked otherwise
 
 Formal Guarantees: as secagg. A leaked HE key opens masked vectors and sums only; broken masks leave
 the encryption; and the server opens nothing by itself. The sum has no integrity against an active
 server: BFV is malleable, and the count slot catches faults, not attacks.
+
+Under reveal = "sites" every site that confirmed opens the sum in phase open and keeps it; the
+server gets a tag from each (`OpeningTag`) and sees whether they opened the same. What is then
+announced of the aggregate can be salted with 32 bytes that the sites alone derive (`Revealed`).
+
+Formal Guarantees of reveal = "sites": a server that colludes with no site learns nothing of the
+aggregate: it holds neither the HE seed nor anything made from it but ciphertexts, its key id and
+the tags, and these are values of independent pseudorandom functions.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -25,13 +34,15 @@ from numpy.typing import NDArray
 
 from protocols import bfv_sum, masks, secagg
 from protocols.bfv import Parameters, SecretKey, Sum
+from protocols.bitpacking import pack
 from protocols.encoding import Aggregate, FixedPoint
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
 from protocols.graph import thresholds
-from protocols.identity import Roster
-from protocols.keystream import Randomness
+from protocols.identity import Roster, digest
+from protocols.keystream import Randomness, Seed
 from protocols.messages import (
     Begin,
+    OpeningTag,
     RelayedSecrets,
     SealedSeed,
     SharedSecrets,
@@ -39,13 +50,17 @@ from protocols.messages import (
     Upload,
 )
 from protocols.rounds import (
+    BlindServerSide,
     Cohort,
     Outcome,
+    Part,
     Party,
     Requests,
     ServerSide,
     Slots,
     Steps,
+    Withheld,
+    majority,
     public_weight,
     statement,
 )
@@ -59,10 +74,14 @@ client_step1 = secagg.client_step1
 @final
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """A client that has uploaded and holds the round's HE key."""
+    """A client that has uploaded and holds the round's HE key.
+
+    common: a secret that the round's sites derive from the HE seed, for tags and salts.
+    """
 
     masked: secagg.Uploaded
     key: SecretKey
+    common: Seed
 
 
 @final
@@ -72,6 +91,7 @@ class Confirmed:
 
     masked: secagg.Confirmed
     key: SecretKey
+    common: Seed
 
 
 @final
@@ -81,12 +101,25 @@ class Released:
 
     masked: secagg.Confirmed
     key: SecretKey
+    common: Seed
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A client that has opened the round's sum; it holds no key any more."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Revealed:
+    """A client that has opened the round's sum and keeps it; it holds no key any more.
+
+    salt: 32 bytes that this round's sites derive alike and nobody else can.
+    """
+
+    aggregate: Aggregate = field(repr=False)
+    salt: bytes = field(repr=False)
 
 
 def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> tuple[Shared, bytes]:
@@ -120,12 +153,16 @@ def client_step3(
     making = maker(begin, state.adverts)
     if (sealed.maker, sealed.public) != (making, state.adverts[making].channel):
         raise RefusedError(f"{making} makes the seed of this round, not {sealed.maker}")
-    key = bfv_sum.open_key(expected, begin, state.secrets.channel, sealed)
+    seed = bfv_sum.open_seed(expected, begin, state.secrets.channel, sealed)
+    key = bfv_sum.secret_key(expected, seed)
+    common = Seed(seed.derive("opening", begin.context))
     uploaded, masked = secagg.mask(state, relayed, slots)
     payload = bytes(key.encrypt(masked))
     me = expected.identity
     signature = me.key.sign(statement(begin.context, "upload", me.name, sealed.key, payload))
-    return Uploaded(uploaded, key), Upload(me.name, sealed.key, payload, signature).to_bytes()
+    return Uploaded(uploaded, key, common), Upload(
+        me.name, sealed.key, payload, signature
+    ).to_bytes()
 
 
 def client_step4(
@@ -133,7 +170,7 @@ def client_step4(
 ) -> tuple[Confirmed, bytes]:
     """Survivors -> Confirmation, as in secagg."""
     confirmed, reply = secagg.client_step4(state.masked, message, randomness)
-    return Confirmed(confirmed, state.key), reply
+    return Confirmed(confirmed, state.key, state.common), reply
 
 
 def client_step5(
@@ -141,13 +178,17 @@ def client_step5(
 ) -> tuple[Released, bytes]:
     """Confirmations -> ReleasedShares, as in secagg; the HE key is kept for the opening."""
     del randomness
-    return Released(state.masked, state.key), secagg.unmask(state.masked, message)
+    released = Released(state.masked, state.key, state.common)
+    return released, secagg.unmask(state.masked, message)
 
 
 def client_step6(
     state: Released | Confirmed, message: bytes, randomness: Randomness
-) -> tuple[Opened, bytes]:
-    """SumToOpen -> OpenedSum: after t sites confirmed this very U3, decrypt its sum, once."""
+) -> tuple[Opened | Revealed, bytes]:
+    """SumToOpen -> OpenedSum: after t sites confirmed this very U3, decrypt its sum, once.
+
+    Under reveal = "sites" the sum stays here, and an OpeningTag goes out.
+    """
     del randomness
     secrets = state.masked.uploaded.shared.secrets
     expected, begin = secrets.expected, secrets.begin
@@ -155,22 +196,31 @@ def client_step6(
     if request.contributors != state.masked.survivors:
         raise RefusedError("the sum counts other sites than those this site confirmed")
     secagg.check_quorum(state.masked, request.confirmations)
-    return Opened(), bfv_sum.open_sum(expected, begin, state.key, request)
+    if expected.reveal == "server":
+        return Opened(), bfv_sum.open_sum(expected, begin, state.key, request)
+    opened = bfv_sum.opened_slots(expected, state.key, request)
+    names, encoding = request.contributors, expected.encoding
+    try:
+        aggregate = encoding.decode(
+            opened, expected.length, names, public_weight(expected.weights, names)
+        )
+    except ProtocolError:  # what the slots hold stays here
+        raise RefusedError("the opened sum cannot be averaged") from None
+    slots = pack(opened, encoding.plain_bits).tobytes()
+    said = digest("opened", *(site.encode() for site in names), slots)
+    tag, salt = state.common.derive("tag", said), state.common.derive("salt")
+    me = expected.identity
+    signature = me.key.sign(statement(begin.context, "open", me.name, tag))
+    return Revealed(aggregate, salt), OpeningTag(me.name, tag, signature).to_bytes()
 
 
-def server(
-    begin: Begin,
-    roster: Roster,
-    encoding: FixedPoint,
-    length: int,
-    weights: Mapping[str, int] | None = None,
-) -> ServerSide:
-    """The server's round. It adds, takes masks off, and holds no HE key.
+def summed(cohort: Cohort, encoding: FixedPoint, length: int) -> Part[SumToOpen]:
+    """The server's phases before open: it adds, takes masks off, and holds no HE key.
 
     Raises RoundAbortedError when too few are left in any phase, or the maker of the HE seed is gone
     before the others hold it.
     """
-    cohort = Cohort(begin, roster)
+    begin = cohort.begin
     total = Sum(encoding.slots(length), Parameters(encoding.plain_bits, encoding.cohort))
 
     # advertise, share: U1 and U2, and the HE seed that this round's maker in U1 made
@@ -212,14 +262,59 @@ def server(
     terms = yield from secagg.outstanding(cohort, adverts, members, survivors, confirmations)
     total.subtract(masks.total(terms, total.slots, encoding.plain_bits))
 
-    # open: one key holder decrypts the sum; if it does not answer, the next one is asked
-    message = SumToOpen(survivors, confirmations.items, total.to_bytes()).to_bytes()
-    weight = public_weight(weights, survivors)
-    signers = tuple(item.sender for item in confirmations.items)
+    return SumToOpen(survivors, confirmations.items, total.to_bytes())
+
+
+def server(
+    begin: Begin,
+    roster: Roster,
+    encoding: FixedPoint,
+    length: int,
+    weights: Mapping[str, int] | None = None,
+    openers: int = 1,
+) -> ServerSide:
+    """The server's round under reveal = "server".
+
+    openers: how many sites must open the sum, each by itself, and agree on every bit.
+    Raises RoundAbortedError as `summed` does, and when openers are too few or disagree.
+    """
+    cohort = Cohort(begin, roster)
+    request = yield from summed(cohort, encoding, length)
+
+    # open: key holders decrypt the sum; for one that does not answer, the next one is asked
+    signers = tuple(item.sender for item in request.confirmations)
+    weight = public_weight(weights, request.contributors)
     aggregate = yield from bfv_sum.opening(
-        cohort, survivors, signers, message, encoding, length, weight
+        cohort, signers, request, encoding, length, weight, openers
     )
     return Outcome(aggregate, cohort.faults)
+
+
+def blind_server(
+    begin: Begin, roster: Roster, encoding: FixedPoint, length: int
+) -> BlindServerSide:
+    """The server's round under reveal = "sites": it ends without an aggregate.
+
+    Raises RoundAbortedError as `summed` does, and when fewer than t sites, or half of the cohort,
+    opened the same sum.
+    """
+    cohort, least = Cohort(begin, roster), max(begin.threshold, len(begin.cohort) // 2 + 1)
+    request = yield from summed(cohort, encoding, length)
+
+    # open: every site that confirmed decrypts the sum and keeps it; their tags must agree
+    def parse(site: str, data: bytes) -> bytes:
+        answer = OpeningTag.from_bytes(data)
+        cohort.verify("open", answer.sender, site, answer.signature, answer.tag)
+        return answer.tag
+
+    signers = (item.sender for item in request.confirmations)
+    requests = Requests("open", dict.fromkeys(signers, request.to_bytes()))
+    tags = cohort.accept(requests, (yield requests), parse)
+    cohort.require(len(tags), "sites opened the sum", least)
+    holders, odd = majority(tags)
+    cohort.faults |= dict.fromkeys(odd, "open: opened another sum than the others")
+    cohort.require(len(holders), "sites opened the same sum", least)
+    return Withheld(request.contributors, holders, cohort.faults)
 
 
 def run(

@@ -270,8 +270,20 @@ class OpenedSum(Message, frozen=True):
     signature: Signature
 
 
+class OpeningTag(Message, frozen=True):
+    """A holder -> S, instead of an OpenedSum: a MAC of the slots it opened.
+
+    Its key comes from the HE seed, so that the server sees whether sites opened the same and can
+    test no guess.
+    """
+
+    sender: SiteName
+    tag: Digest
+    signature: Signature
+
+
 class SumToOpen(Message, frozen=True):
-    """S -> the opener: the encrypted sum of `contributors`' uploads, and who confirmed them."""
+    """S -> an opener: the encrypted sum of `contributors`' uploads, and who confirmed them."""
 
     contributors: Annotated[tuple[SiteName, ...], Meta(min_length=2, max_length=1 << 16)]
     confirmations: Annotated[tuple[Confirmation, ...], Meta(max_length=1 << 16)]

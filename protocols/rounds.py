@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, Literal, NamedTuple, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ class Requests(NamedTuple):
 Replies = Mapping[str, bytes]
 """What it is sent back: the replies that came, by the site they came from."""
 
+Reveal = Literal["server", "sites"]
+"""Who learns the aggregate."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,20 @@ class Outcome:
     faults: Mapping[str, str]
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """A round whose aggregate the server never saw, and why each site that fell out of it did.
+
+    contributors: the sites in the aggregate. holders: the sites that hold one and the same
+    aggregate, at least as many as the threshold.
+    """
+
+    contributors: tuple[str, ...]
+    holders: tuple[str, ...]
+    faults: Mapping[str, str]
+
+
 Part = Generator[Requests, Replies, T]
 """Some phases of a server's round, to be delegated to with `yield from`."""
 
@@ -49,7 +67,10 @@ Steps = Mapping[str, Callable[..., tuple[Any, bytes]]]
 """A client's step for each phase: (state, message, [slots,] randomness) -> (state, reply)."""
 
 ServerSide = Part[Outcome]
-"""A server's whole round."""
+"""A server's whole round that ends with the aggregate."""
+
+BlindServerSide = Part[Withheld]
+"""A server's whole round under reveal = "sites"."""
 
 
 @final
@@ -60,6 +81,8 @@ class Expected:
     binding: what it computed itself over the model it was shown and the parameters.
     minimum: the least cohort and the fewest contributions it accepts, >= 2.
     tolerated: T, how many sites may collude with the server without breaking masks.
+    reveal: "sites" to keep the sum that it opens instead of sending it.
+    weights: the sites' weights where these are public constants; read under reveal = "sites".
     """
 
     identity: Identity
@@ -70,6 +93,8 @@ class Expected:
     encoding: FixedPoint
     length: int
     tolerated: int = 0
+    reveal: Reveal = "server"
+    weights: Mapping[str, int] | None = None
 
     def check(self, message: bytes) -> Begin:
         """The round that `message` begins; RefusedError when it is not what was expected."""
@@ -166,6 +191,22 @@ def make_identities(names: Iterable[str], randomness: Randomness) -> dict[str, I
 def public_weight(weights: Mapping[str, int] | None, contributors: tuple[str, ...]) -> int | None:
     """The contributors' total weight where weights are public constants."""
     return None if weights is None else sum(weights[site] for site in contributors)
+
+
+def majority(answers: Mapping[str, bytes]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sites that more than half of all agree with, and the others; without a majority, nobody
+    and everyone.
+
+    >>> majority({"a": b"1", "b": b"1", "c": b"2"})
+    (('a', 'b'), ('c',))
+    >>> majority({"a": b"1", "b": b"2"})
+    ((), ('a', 'b'))
+    """
+    [(answer, count)] = Counter(answers.values()).most_common(1)
+    agreeing = tuple(sorted(s for s, said in answers.items() if said == answer))
+    if 2 * count <= len(answers):
+        agreeing = ()
+    return agreeing, tuple(sorted(set(answers) - set(agreeing)))
 
 
 @final

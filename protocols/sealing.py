@@ -111,6 +111,18 @@ def unseal_shares(
         raise ProtocolError(f"what {sender[0]} sealed are no shares", [sender[0]]) from None
 
 
+def seal_data(
+    data: bytes, key: ChannelKey, receiver: tuple[str, bytes], context: bytes, rand: Randomness
+) -> bytes:
+    """Any secret bytes, sealed as `seal` does."""
+    return _seal(data, key, receiver, context, rand)
+
+
+def unseal_data(box: bytes, key: ChannelKey, sender: tuple[str, bytes], context: bytes) -> bytes:
+    """The bytes in `box` from `sender` (name, public key); ProtocolError unless it is intact."""
+    return _unseal(box, key, sender, context)
+
+
 def _seal(
     plain: bytes, key: ChannelKey, receiver: tuple[str, bytes], context: bytes, rand: Randomness
 ) -> bytes:

@@ -12,6 +12,7 @@ from protocols.graph import Thresholds
 from protocols.identity import digest
 from protocols.keystream import Keystream, Randomness, Seed
 from securefl.config import ConfigurationError, Experiment
+from securefl.replicas import Standing
 from securefl.state import GlobalState
 
 
@@ -66,7 +67,23 @@ def thresholds(experiment: Experiment, cohort: int) -> Thresholds:
             f"{cohort} site{'s' if cohort > 1 else ''} cannot reach "
             f"protocol.minimum_cohort = {chosen.minimum}: the sum of one site is that site's update"
         )
+    if protocol.openers > chosen.minimum:
+        raise ConfigurationError(
+            f"protocol.openers = {protocol.openers} but a sum may count no more than "
+            f"{chosen.minimum} sites: use at most {chosen.minimum}, or raise "
+            "protocol.minimum_cohort"
+        )
     return chosen
+
+
+def quorum(experiment: Experiment, cohort: int) -> int:
+    """The fewest sites that must agree on a model under reveal = "sites": max(t, T + 2).
+
+    So any but one of them include an honest site, whoever else colludes. On a sparse graph, where
+    t counts neighbours only, more than half of the cohort.
+    """
+    chosen = thresholds(experiment, cohort)
+    return max(chosen.threshold, cohort // 2 + 1, experiment.protocol.colluding_sites + 2)
 
 
 def public_weights(experiment: Experiment) -> Mapping[str, int] | None:
@@ -75,7 +92,7 @@ def public_weights(experiment: Experiment) -> Mapping[str, int] | None:
     return aggregation.weights if aggregation.weighting == "declared" else None
 
 
-def binding(experiment: Experiment, state: GlobalState, encoding: FixedPoint) -> bytes:
+def binding(experiment: Experiment, state: GlobalState | Standing, encoding: FixedPoint) -> bytes:
     """SHA-256 over the experiment, the weights and pruning mask, and the encoding (32 bytes)."""
     return digest("binding", experiment.digest(), state.digest(), repr(encoding).encode())
 

@@ -16,14 +16,18 @@ from protocols.catalogue import OPEN, PROTOCOLS, UPLOAD
 from protocols.errors import ProtocolError, RefusedError
 from protocols.identity import Identity, digest
 from protocols.keystream import Keystream, Randomness, Seed
+from protocols.masked_bfv import Revealed
 from protocols.rounds import Expected
 from securefl import agreement, models
+from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, printable
 from securefl.privacy.plan import RecordLocal
 from securefl.privacy.training import Trainer
-from securefl.state import GlobalState
+from securefl.replicas import PHASES as REPLICA_PHASES
+from securefl.replicas import Replica, Replicas, Standing
+from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import SiteStore
 
 
@@ -37,6 +41,7 @@ class _Round:
 
     number: int
     model: GlobalState
+    base: Standing | None
     protocol_state: Any
     training: Randomness
     said: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
@@ -69,12 +74,19 @@ class Client:
         self._thresholds = agreement.thresholds(experiment, len(identity.roster))
         self._weight = _weight(name, table, experiment)
         module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
-        self._size = models.layout(module).size
+        self._layout = models.layout(module)
+        self._size = self._layout.size
+        self._rule = server_rule(experiment.aggregation)
+        start = Replica.start(first_state(module, self._rule))
         loss = models.loss(experiment.model, table.task)
         device = resolve_device(experiment.device)
         self._trainer = Trainer(module, loss, table, experiment.training, plan, device)
         self._round: _Round | None = None
         store.bind(digest("promise", experiment.digest(), repr(plan).encode()).hex())
+        self._replicas: Replicas | None = None
+        if experiment.protocol.reveal == "sites":
+            agreed, quorum = experiment.digest(), agreement.quorum(experiment, len(identity.roster))
+            self._replicas = Replicas(store.models, identity, session, agreed, quorum, start)
 
     def close(self) -> None:
         """Let go of the site's durable state."""
@@ -101,6 +113,9 @@ class Client:
     def _answer(self, request: Request, data: bytes) -> bytes:
         if request.session != self._session:
             raise RefusedError("the request belongs to another session")
+        if self._replicas is not None and request.phase in REPLICA_PHASES:
+            # These open, sign and charge nothing of a round: asked again they may answer anew.
+            return self._replicas.answer(request.phase, request.round, request.body, os.urandom)
         if self._round is None or request.round > self._round.number:
             self._round = self._enter(request)
         current = self._round
@@ -119,13 +134,32 @@ class Client:
         current.protocol_state, reply = self._protocol.step(
             request.phase, state, request.body, slots, os.urandom
         )
+        if isinstance(current.protocol_state, Revealed):
+            self._move(current, current.protocol_state)
+            current.protocol_state = None
         current.said[request.phase] = (asked, reply)
         return reply
+
+    def _move(self, current: _Round, revealed: Revealed) -> None:
+        """Apply the aggregate that this site opened; the new copy is durable on return."""
+        if self._replicas is None or current.base is None:
+            raise ValueError("an aggregate to keep, and no copy of the model to move by it")
+        mean = revealed.aggregate.mean
+        try:
+            moved = apply(current.model, mean, self._rule, self._layout, self._experiment)
+        except DivergedError as error:
+            raise RefusedError(f"{self.name}: {error}") from None
+        self._replicas.advance(current.base, Replica(moved, revealed.salt))
 
     def _enter(self, request: Request) -> _Round:
         if request.round <= self._store.last_round:
             raise RefusedError(f"round {request.round} was charged before: take a new number")
-        model = GlobalState.from_message(request.model, self._size)
+        base = None
+        if self._replicas is None:
+            model = GlobalState.from_message(request.model, self._size)
+        else:
+            base = Standing.from_bytes(request.model)
+            model = self._replicas.get(base).state
         training: Randomness = os.urandom
         if self._experiment.not_private_seed is not None:
             training = agreement.reproducible_randomness(
@@ -135,13 +169,15 @@ class Client:
             identity=self._identity,
             session=self._session,
             round=request.round,
-            binding=agreement.binding(self._experiment, model, self._encoding),
+            binding=agreement.binding(self._experiment, base or model, self._encoding),
             minimum=self._thresholds.minimum,
             encoding=self._encoding,
             length=model.surviving,
             tolerated=agreement.tolerated(self._experiment),
+            reveal=self._experiment.protocol.reveal,
+            weights=agreement.public_weights(self._experiment),
         )
-        return _Round(request.round, model, expected, training)
+        return _Round(request.round, model, base, expected, training)
 
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
         """Train and encode when the protocol asks for the first slot, after it checked the rest."""

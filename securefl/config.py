@@ -212,6 +212,8 @@ class Encryption(Section):
     `minimum_cohort`: m, the fewest updates in a sum; by default what the protocol needs.
     `graph`: with "auto" more than 200 sites mask with some neighbours only, which withstands a
     server that follows the protocol; "complete" withstands an active one, at n^2 pairs' work.
+    `reveal`: who learns the sum; under "sites" (masked-bfv) sites hold the model, the server none.
+    `openers`: how many sites must open a sum, each by itself, and agree (bfv and masked-bfv).
     """
 
     name: Literal["plain", "bfv", "secagg", "masked-bfv"] = "masked-bfv"
@@ -220,6 +222,27 @@ class Encryption(Section):
     colluding_sites: Annotated[int, Field(ge=0)] = 1
     minimum_cohort: Annotated[int, Field(ge=2)] | None = None
     graph: Literal["auto", "complete"] = "auto"
+    reveal: Literal["server", "sites"] = "server"
+    openers: Count = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.reveal == "sites" and self.name != "masked-bfv":
+            raise ValueError(
+                f'reveal = "sites" but name = "{self.name}": only "masked-bfv" keeps the sum from '
+                "the server; use it, or leave reveal out"
+            )
+        if self.openers > 1 and self.name not in ("bfv", "masked-bfv"):
+            raise ValueError(
+                f'openers = {self.openers} but under name = "{self.name}" no site opens a sum: use '
+                '"bfv" or "masked-bfv", or leave openers out'
+            )
+        if self.openers > 1 and self.reveal == "sites":
+            raise ValueError(
+                f'openers = {self.openers} but under reveal = "sites" every site opens the sum: '
+                "leave openers out"
+            )
+        return self
 
 
 class Pruning(Section):

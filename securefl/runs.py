@@ -18,10 +18,11 @@ import msgspec
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
+from protocols.encoding import Aggregate
 from protocols.errors import RoundAbortedError
 from protocols.identity import Roster
 from protocols.rounds import make_identities
-from securefl import models, simulation, store
+from securefl import models, replicas, simulation, store
 from securefl.algorithms import server_rule
 from securefl.client import Client, resolve_device
 from securefl.config import ConfigurationError, Experiment
@@ -30,8 +31,9 @@ from securefl.engines.workers import WorkerFailedError, Workers
 from securefl.evaluation import evaluate
 from securefl.privacy import accounting
 from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary, read_history
+from securefl.replicas import Replica, Standing
 from securefl.server import BudgetsSpentError, Round, Server
-from securefl.state import DivergedError, GlobalState, apply
+from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import ServerStore, SiteStore
 from securefl.transcript import recorded
 
@@ -65,6 +67,12 @@ class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agreed: str
     charged: dict[str, int]
     replaced: tuple[str, ...]
+    standing: Standing | None = None
+    """What is known of the model where the sites hold it, and no checkpoint does."""
+
+
+Known = GlobalState | Standing
+"""The model as the server knows it: itself, or what the sites tell of theirs."""
 
 
 class RunFailedError(RuntimeError):
@@ -150,6 +158,12 @@ class _Job:
         test = self.consortium.test
         self.module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)
         self.layout = models.layout(self.module)
+        self.first = first_state(self.module, self.rule)
+        self.start: Known = self.first
+        self._suffix = ".safetensors"
+        if experiment.protocol.reveal == "sites":
+            self.start = Replica.start(self.first).standing(experiment.digest())
+            self._suffix = ".json"
         self.loss = models.loss(experiment.model, test.task)
         self.device = resolve_device(experiment.device)
         strangers = sorted(set(replaced) - set(self.consortium.sites))
@@ -178,12 +192,12 @@ class _Job:
         return self._finish(folder, state, records, server_store.last_round, stopped)
 
     def _advance(
-        self, folder: Path, state: GlobalState, records: list[RoundRecord], result: Round
-    ) -> GlobalState:
-        """Apply an aggregate, evaluate, and make the round durable."""
+        self, folder: Path, state: Known, records: list[RoundRecord], result: Round
+    ) -> Known:
+        """Apply an aggregate (where the sites have not), evaluate, and make the round durable."""
         started = time.perf_counter()
         try:
-            moved = apply(state, result.aggregate.mean, self.rule, self.layout, self.experiment)
+            moved = self._moved(state, result.result)
         except DivergedError as error:
             raise RunFailedError(f"round {result.number}: {error}") from None
         result.traffic.seconds["update"] = time.perf_counter() - started
@@ -193,25 +207,40 @@ class _Job:
         self.progress.finished(record)
         return moved
 
-    def _continue(self, folder: Path) -> tuple[GlobalState, list[RoundRecord]]:
-        """The last finished round's state and all finished rounds' records."""
-        weights = models.flatten(self.module)
-        start = GlobalState(
-            0, weights, np.ones(len(weights), np.bool_), self.rule.start(len(weights))
+    def _moved(self, state: Known, result: Aggregate | Standing) -> Known:
+        if isinstance(result, Standing):
+            return result
+        if isinstance(state, Standing):
+            raise ValueError("an aggregate, and no model to move by it")
+        return apply(state, result.mean, self.rule, self.layout, self.experiment)
+
+    def _model(self, folder: Path, state: Known) -> GlobalState:
+        """The model itself. Where the sites hold it, from a site's copy: this plays all of them."""
+        if isinstance(state, GlobalState):
+            return state
+        if state == self.start:
+            return self.first
+        for site in self.consortium.sites:
+            models_ = SiteStore(folder / "sites" / site).models
+            replica = replicas.read(models_, state, self.experiment.digest(), self.layout.size)
+            if replica is not None:
+                return replica.state
+        raise store.CorruptStoreError(
+            f"no site under {folder / 'sites'} holds the model of update {state.update}: restore "
+            "the folder from a copy, or start a new run"
         )
-        checkpoints = sorted((folder / "checkpoints").glob("update-*.safetensors"))
+
+    def _continue(self, folder: Path) -> tuple[Known, list[RoundRecord]]:
+        """The last finished round's state and all finished rounds' records."""
+        checkpoints = sorted((folder / "checkpoints").glob(f"update-*{self._suffix}"))
         if not checkpoints:
             if store.whole_lines(folder / METRICS):
                 raise store.CorruptStoreError(
                     f"{folder / 'checkpoints'} is empty, but rounds were finished: restore it from "
                     "a copy, or start a new run"
                 )
-            return start, []
-        state, told = GlobalState.from_checkpoint(checkpoints[-1])
-        try:
-            saved = msgspec.json.decode(told, type=_Saved)
-        except msgspec.MsgspecError as error:
-            raise store.CorruptStoreError(f"{checkpoints[-1]} is damaged: {error}") from None
+            return self.start, []
+        state, saved = _read_checkpoint(checkpoints[-1])
         self._check_continues(folder, saved)
         # The checkpoint is what counts: lines after it are dropped, its own is added if missing.
         records = [
@@ -276,7 +305,7 @@ class _Job:
             for client in honest.values():
                 client.close()
 
-    def _why_stop(self, state: GlobalState) -> str | None:
+    def _why_stop(self, state: Known) -> str | None:
         if state.update >= self.experiment.rounds:
             return "round budget"
         stopping = self.experiment.stopping
@@ -284,9 +313,7 @@ class _Job:
             return "converged"
         return None
 
-    def _round(
-        self, server: Server, numbers: ServerStore, last: int, state: GlobalState
-    ) -> Round | None:
+    def _round(self, server: Server, numbers: ServerStore, last: int, state: Known) -> Round | None:
         """The next round that succeeds; None when the sites' budgets are spent."""
         for attempt in range(MOST_ABORTS):
             try:
@@ -307,14 +334,15 @@ class _Job:
         folder: Path,
         records: list[RoundRecord],
         result: Round,
-        before: GlobalState,
-        after: GlobalState,
+        before: Known,
+        after: Known,
     ) -> RoundRecord:
-        models.assign(self.module, after.weights)
+        model = self._model(folder, after)
+        models.assign(self.module, model.weights)
         past = records[-1].round if records else 0
-        aggregate, traffic = result.aggregate, result.traffic
+        traffic = result.traffic
         out = {site: why for site, why in result.faults.items() if site in self.consortium.sites}
-        survivors = tuple(site for site in self.consortium.sites if site in aggregate.contributors)
+        survivors = tuple(site for site in self.consortium.sites if site in result.contributors)
         return RoundRecord(
             round=result.number,
             update=after.update,
@@ -326,7 +354,7 @@ class _Job:
             # Milliseconds: finer times would tell of the secret batch that was trained on.
             seconds={phase: round(seconds, 3) for phase, seconds in traffic.seconds.items()},
             parameters=before.surviving,
-            sparsity=after.sparsity,
+            sparsity=model.sparsity,
             survivors=survivors,
             dropouts={site: why for site, why in out.items() if site not in survivors},
             aborted=tuple(range(past + 1, result.number)),
@@ -345,27 +373,29 @@ class _Job:
             return {}
         return {site: self.plan.spent(count) for site, count in self._charged(folder).items()}
 
-    def _save(self, folder: Path, state: GlobalState, record: RoundRecord) -> None:
+    def _save(self, folder: Path, state: Known, record: RoundRecord) -> None:
         """Make a round durable: first the checkpoint, which is what a resumed run starts from."""
         checkpoints, line = folder / "checkpoints", record.to_json()
         agreed, charged = self.experiment.digest().hex(), self._charged(folder)
-        saved = msgspec.json.encode(_Saved(line, agreed, charged, self.tampered)).decode()
-        path = checkpoints / f"update-{state.update:06d}.safetensors"
-        store.write(path, state.to_checkpoint(saved))
+        standing = state if isinstance(state, Standing) else None
+        saved = msgspec.json.encode(_Saved(line, agreed, charged, self.tampered, standing))
+        data = saved if isinstance(state, Standing) else state.to_checkpoint(saved.decode())
+        store.write(checkpoints / f"update-{state.update:06d}{self._suffix}", data)
         store.append_line(folder / METRICS, line)
-        for old in sorted(checkpoints.glob("update-*.safetensors"))[:-2]:
+        for old in sorted(checkpoints.glob(f"update-*{self._suffix}"))[:-2]:
             old.unlink()
 
     def _finish(
         self,
         folder: Path,
-        state: GlobalState,
+        known: Known,
         records: list[RoundRecord],
         last_round: int,
         stopped: str,
     ) -> Run:
         if not records:
             raise RunFailedError(f"no round was finished: {stopped}")
+        state = self._model(folder, known)
         summary = self._summary(folder, state, records, last_round, stopped)
         self._write_model(folder, state)
         store.write(folder / SUMMARY, msgspec.json.format(summary.to_json()).encode() + b"\n")
@@ -483,6 +513,23 @@ class _Job:
                 "and keeping none; a trial found nothing against it, which is no proof."
             )
         return tuple(sentences)
+
+
+def _read_checkpoint(path: Path) -> tuple[Known, _Saved]:
+    """What a checkpoint holds; CorruptStoreError when it is damaged."""
+    state: Known | None = None
+    try:
+        if path.suffix == ".json":
+            saved = msgspec.json.decode(path.read_bytes(), type=_Saved)
+            state = saved.standing
+        else:
+            state, told = GlobalState.from_checkpoint(path)
+            saved = msgspec.json.decode(told, type=_Saved)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise store.CorruptStoreError(f"{path} is damaged: {error}") from None
+    if state is None:
+        raise store.CorruptStoreError(f"{path} is damaged: it does not say what the sites hold")
+    return state, saved
 
 
 def _new_folder(name: str) -> Path:

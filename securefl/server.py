@@ -12,10 +12,12 @@ from protocols.encoding import Aggregate
 from protocols.errors import MalformedMessageError, ProtocolError, RoundAbortedError
 from protocols.identity import Roster
 from protocols.messages import Begin
-from securefl import agreement
+from protocols.rounds import Cohort, Part
+from securefl import agreement, replicas
 from securefl.config import Experiment
 from securefl.engines import Exchange
 from securefl.messages import Answer, Refusal, Request, parse_reply, printable
+from securefl.replicas import Standing, Whereabouts
 from securefl.state import GlobalState
 
 
@@ -30,11 +32,21 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
+class _Ended:
+    """What a round's steps end with."""
+
+    contributors: tuple[str, ...]
+    result: Aggregate | Standing
+    faults: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
-    """A finished round."""
+    """A finished round. `result`: the aggregate, or what is known of the model it became."""
 
     number: int
-    aggregate: Aggregate
+    contributors: tuple[str, ...]
+    result: Aggregate | Standing
     faults: Mapping[str, str]
     traffic: Traffic
 
@@ -61,9 +73,13 @@ class Server:
         self._entered = entered
         self._encoding = agreement.encoding(experiment, len(roster))
         self._thresholds = agreement.thresholds(experiment, len(roster))
+        bound = replicas.context(session, experiment.digest())
+        quorum = agreement.quorum(experiment, len(roster))
+        lenders = experiment.protocol.colluding_sites + 1
+        self._whereabouts = Whereabouts(roster, bound, quorum, lenders)
 
-    def round(self, number: int, state: GlobalState) -> Round:
-        """One round: its aggregate, who fell out and why, and what it moved.
+    def round(self, number: int, state: GlobalState | Standing) -> Round:
+        """One round on `state`: what came of it, who fell out and why, and what it moved.
 
         `entered(number, phase)` is called as each phase begins. Raises RoundAbortedError when too
         few sites answered, BudgetsSpentError when that is because their budgets are spent.
@@ -78,31 +94,28 @@ class Server:
             degree=self._thresholds.degree,
         )
         protocol = PROTOCOLS[self._experiment.protocol.name]
-        steps = protocol.server(
-            begin,
-            self._roster,
-            self._encoding,
-            state.surviving,
-            agreement.public_weights(self._experiment),
-        )
+        if isinstance(state, Standing):
+            steps = self._withheld(begin, state)
+        else:
+            steps = self._opened(begin, state.surviving)
         traffic, refusals = Traffic(), dict[str, Refusal]()
-        model = state.to_message()
         try:
             requests = next(steps)
             while True:
+                model = state.to_message() if requests.phase == protocol.phases[0] else b""
                 replies = self._ask(number, requests.phase, requests.messages, model, traffic)
                 refusals |= {s: r for s, r in replies.items() if isinstance(r, Refusal)}
                 bodies = {s: r.body for s, r in replies.items() if isinstance(r, Answer)}
-                model = b""
                 started = time.perf_counter()
                 try:
                     requests = steps.send(bodies)
                 finally:
                     traffic.seconds["aggregate"] += time.perf_counter() - started
         except StopIteration as done:
-            faults = {**done.value.faults}
+            ended: _Ended = done.value
+            faults = {**ended.faults}
             faults |= {s: f"refused: {r.reason}" for s, r in refusals.items() if s in faults}
-            return Round(number, done.value.aggregate, faults, traffic)
+            return Round(number, ended.contributors, ended.result, faults, traffic)
         except ProtocolError as error:
             spent = [site for site, r in refusals.items() if r.kind == "budget"]
             reasons = "; ".join(f"{s}: {r.reason}" for s, r in sorted(refusals.items()))
@@ -110,6 +123,28 @@ class Server:
             if len(self._roster) - len(spent) < begin.minimum:
                 raise BudgetsSpentError(message, error.culprits) from None
             raise RoundAbortedError(message, error.culprits) from None
+
+    def _opened(self, begin: Begin, length: int) -> Part[_Ended]:
+        """The protocol's round, where the server gets the aggregate."""
+        protocol, openers = self._experiment.protocol.name, self._experiment.protocol.openers
+        weights = agreement.public_weights(self._experiment)
+        parts = (begin, self._roster, self._encoding, length, weights)
+        serve = PROTOCOLS[protocol].server
+        outcome = yield from serve(*parts, openers) if openers > 1 else serve(*parts)
+        return _Ended(outcome.aggregate.contributors, outcome.aggregate, outcome.faults)
+
+    def _withheld(self, begin: Begin, standing: Standing) -> Part[_Ended]:
+        """The protocol's round, where the sites keep the aggregate and move their own models."""
+        serve = PROTOCOLS[self._experiment.protocol.name].blind_server
+        if serve is None:
+            raise ValueError(f"{self._experiment.protocol.name} has no round that hides the sum")
+        cohort = Cohort(begin, self._roster)
+        yield from self._whereabouts.bring_up(cohort, standing)
+        outcome = yield from serve(begin, self._roster, self._encoding, standing.surviving)
+        cohort.faults |= outcome.faults
+        update = standing.update + 1
+        reached = yield from self._whereabouts.reached(cohort, outcome.holders, update)
+        return _Ended(outcome.contributors, reached, cohort.faults)
 
     def _ask(
         self,

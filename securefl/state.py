@@ -1,7 +1,7 @@
 """The global model as a value, and the one function that moves it.
 
 `apply` is elementwise float64 rounded to float32, so that a server and every site that repeats it
-get the same bits.
+get the same bits. Pruned weights are +0.0.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
+from torch import nn
 
 from protocols.errors import MalformedMessageError
 from protocols.identity import digest
-from securefl import config
+from securefl import config, models
 from securefl.algorithms import ServerRule
 from securefl.messages import ModelMessage
 from securefl.models import Layout
@@ -131,11 +132,22 @@ class GlobalState:
         return state, told["record"]
 
 
+def first_state(module: nn.Module, rule: ServerRule) -> GlobalState:
+    """The state before the first round, from a module made from the public seed."""
+    weights = models.flatten(module)
+    return GlobalState(0, weights, np.ones(len(weights), np.bool_), rule.start(len(weights)))
+
+
 def _checksum(tensors: Mapping[str, NDArray[Any]], *texts: str) -> str:
     fields = [text.encode() for text in texts]
     for name, value in sorted(tensors.items()):
         fields += [name.encode(), str(value.dtype).encode(), value.tobytes()]
     return digest("checkpoint", *fields).hex()
+
+
+def _norm(vector: NDArray[np.float64]) -> float:
+    """The Euclidean norm, added up in numpy's own order: BLAS has another on every machine."""
+    return float(np.sqrt(np.sum(np.square(vector))))
 
 
 def apply(
@@ -154,17 +166,17 @@ def apply(
     update[state.mask] = mean
     moved, moments = rule.step(state.weights.astype(np.float64), update, state.moments)
     with np.errstate(over="ignore"):
-        weights = (moved * state.mask).astype(np.float32)
+        weights = np.where(state.mask, moved, 0.0).astype(np.float32)
     if not np.isfinite(weights).all():
         raise DivergedError("the global model diverged: lower aggregation.learning_rate")
     mask = state.mask
     if experiment.pruning is not None:
         sparsity = target_sparsity(experiment.pruning, state.update + 1, experiment.rounds)
         mask = prune(weights, mask, layout, sparsity, experiment.pruning.scope)
-        weights = weights * mask
+        weights = np.where(mask, weights, np.float32(0))
     quiet = 0
     if experiment.stopping is not None:
-        distance = np.linalg.norm(weights.astype(np.float64) - state.weights)
-        still = distance <= experiment.stopping.tolerance * np.linalg.norm(state.weights)
+        distance = _norm(weights.astype(np.float64) - state.weights)
+        still = distance <= experiment.stopping.tolerance * _norm(state.weights.astype(np.float64))
         quiet = state.quiet + 1 if still else 0
     return GlobalState(state.update + 1, weights, mask, moments, quiet)

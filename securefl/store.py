@@ -126,6 +126,11 @@ class SiteStore:
             self._lock = None
 
     @property
+    def models(self) -> Path:
+        """The folder of the site's own copies of the model, under reveal = "sites"."""
+        return self._path.parent / "models"
+
+    @property
     def charged(self) -> int:
         """Rounds charged so far, aborted ones included."""
         return self._record.charged

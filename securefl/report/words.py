@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
 
+from securefl.config import Encryption
 from securefl.records import RoundRecord, Summary
 
 _NAMES = {
@@ -70,6 +71,26 @@ GUARANTEES: Mapping[str, Guarantee] = {
         fails="As secagg; and against an active server the sum has no integrity.",
     ),
 }
+
+
+REVEALED_TO_SITES = Guarantee(
+    layers="integer encoding, masks, BFV encryption; the sum revealed to the sites only",
+    story="Each site hid its update under masks that cancel in the sum, and encrypted the result. "
+    "The server added ciphertexts; enough sites together took off the masks that were left; every "
+    "site opened the sum and kept it, and moved its own copy of the model. The server saw neither "
+    "a sum nor the model.",
+    stops="As masked-bfv; and a server that colludes with no site learns of sums and model only "
+    "how many weights survive pruning, when training converged, who took part, sizes and times.",
+    fails="As masked-bfv; one site that colludes with the server shows it the sums and the model.",
+)
+"""masked-bfv under reveal = "sites"."""
+
+
+def guarantees(protocol: Encryption) -> Mapping[str, Guarantee]:
+    """What each protocol hides, as an experiment's own settings have it."""
+    if protocol.reveal == "sites":
+        return {**GUARANTEES, protocol.name: REVEALED_TO_SITES}
+    return GUARANTEES
 
 
 def claim(summary: Summary) -> str:

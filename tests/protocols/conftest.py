@@ -16,7 +16,7 @@ from protocols.errors import ProtocolError
 from protocols.graph import Thresholds, thresholds
 from protocols.keystream import Keystream, Seed
 from protocols.messages import Begin
-from protocols.rounds import Expected, Outcome, Requests, make_identities
+from protocols.rounds import Expected, Requests, Reveal, make_identities
 
 Relay = Callable[[str, str, bytes], bytes]
 """(phase, site, message): what an active server sends to `site` instead."""
@@ -49,13 +49,15 @@ class Round:
         weights: Mapping[str, int] | None = None,
         number: int = 1,
         also_pinned: tuple[str, ...] = (),
+        openers: int = 1,
+        reveal: Reveal = "server",
     ) -> None:
         self.protocol, self.encoding = PROTOCOLS[protocol], encoding
         self.vectors, self.weights = dict(vectors), weights
         self.length = len(next(iter(vectors.values())))
         self.identities = make_identities((*vectors, *also_pinned), stream("identities").bytes)
         self.roster = next(iter(self.identities.values())).roster
-        self.tolerated, chosen = tolerated, Thresholds(minimum, 1)
+        self.tolerated, chosen, self.reveal = tolerated, Thresholds(minimum, 1), reveal
         if self.protocol.masked:
             chosen = thresholds(len(vectors), tolerated)
         m, t, k = max(minimum, chosen.minimum), chosen.threshold, chosen.degree
@@ -68,7 +70,15 @@ class Round:
         self.sent: list[bytes] = []
         self.received: list[bytes] = []
         public = None if encoding.weight_slot else weights
-        self.server = self.protocol.server(self.begin, self.roster, encoding, self.length, public)
+        parts = (self.begin, self.roster, encoding, self.length)
+        self.server: Any
+        if reveal == "sites":
+            assert self.protocol.blind_server is not None
+            self.server = self.protocol.blind_server(*parts)
+        elif openers > 1:
+            self.server = self.protocol.server(*parts, public, openers)
+        else:
+            self.server = self.protocol.server(*parts, public)
         self.requests = self._sending(next(self.server))
 
     def _sending(self, requests: Requests) -> Requests:
@@ -86,6 +96,8 @@ class Round:
             "encoding": self.encoding,
             "length": self.length,
             "tolerated": self.tolerated,
+            "reveal": self.reveal,
+            "weights": None if self.encoding.weight_slot else self.weights,
         }
         return Expected(**{**values, **changes})
 
@@ -125,14 +137,13 @@ class Round:
                     self.refusals[site] = error
         return replies
 
-    def send(self, replies: Mapping[str, bytes]) -> Outcome | None:
-        """Give the server its replies; the Outcome when the round is over."""
+    def send(self, replies: Mapping[str, bytes]) -> Any:
+        """Give the server its replies; the Outcome (or Withheld) when the round is over."""
         self.received += replies.values()
         try:
             self.requests = self._sending(self.server.send(replies))
         except StopIteration as done:
-            outcome: Outcome = done.value
-            return outcome
+            return done.value
         return None
 
     def until(self, phase: str) -> Requests:
@@ -146,7 +157,7 @@ class Round:
         vanish: Mapping[str, str] | None = None,
         relay: Relay | None = None,
         wire: Wire | None = None,
-    ) -> Outcome:
+    ) -> Any:
         """Play to the end. `vanish` maps a site to the phase in which it falls silent for good."""
         gone: set[str] = set()
         while True:
@@ -167,8 +178,8 @@ class Round:
             np.zeros(self.length, np.int64),
         )
 
-    def assert_right(self, outcome: Outcome, contributors: tuple[str, ...]) -> None:
-        """The outcome is the exact mean over exactly these contributors."""
+    def assert_right(self, outcome: Any, contributors: tuple[str, ...]) -> None:
+        """The outcome's aggregate is the exact mean over exactly these contributors."""
         aggregate = outcome.aggregate
         assert aggregate.contributors == contributors
         assert aggregate.total_weight == sum((self.weights or {}).get(s, 1) for s in contributors)

@@ -674,3 +674,88 @@ def test_a_server_that_forwards_another_cohort_gets_nothing(small: Small) -> Non
     outcome = game.play(relay=relay)
     assert set(outcome.faults) == {"c"}
     game.assert_right(outcome, ("a", "b", "d"))
+
+
+# Several openers
+
+OPENED = pytest.mark.parametrize("protocol", ["bfv", "masked-bfv"])
+
+
+def otherwise(game: Any, *liars: str, alike: bool = False) -> Any:
+    """A wire on which each of `liars` announces a sum that counts right and is not the sum."""
+
+    def wire(requests: Any, replies: dict[str, bytes]) -> Mapping[str, bytes]:
+        if requests.phase == "open":
+            for site in sorted(set(liars) & set(replies)):
+                payload = bytearray(OpenedSum.from_bytes(replies[site]).payload)
+                payload[game.encoding.plain_bits // 8 + 2] ^= 1 if alike else 1 << liars.index(site)
+                signature = signed(game, site, "open", bytes(payload))
+                replies[site] = OpenedSum(site, bytes(payload), signature).to_bytes()
+        return replies
+
+    return wire
+
+
+def asked_to_open(game: Any, wire: Any = None, vanish: str = "") -> list[tuple[str, ...]]:
+    """Play to the end; who was asked to open, request after request."""
+    asked: list[tuple[str, ...]] = []
+
+    def watch(requests: Any, replies: dict[str, bytes]) -> Mapping[str, bytes]:
+        if requests.phase == "open":
+            asked.append(tuple(requests.messages))
+        return wire(requests, replies) if wire else replies  # type: ignore[no-any-return]
+
+    game.assert_right(game.play(wire=watch, vanish=dict.fromkeys(vanish, "open")), tuple("abcde"))
+    return asked
+
+
+@OPENED
+def test_as_many_sites_open_as_are_asked_for(small: Small, protocol: str) -> None:
+    """Each by itself, and for one that is silent the next one."""
+    assert asked_to_open(small(protocol, "abcde")) == [("a",)]
+    assert asked_to_open(small(protocol, "abcde", openers=3)) == [("a", "b", "c")]
+    game = small(protocol, "abcde", openers=3)
+    assert asked_to_open(game, vanish="bd") == [("a", "b", "c"), ("d",), ("e",)]
+
+
+@OPENED
+@pytest.mark.parametrize(
+    ("openers", "liars", "alike", "culprits"),
+    [
+        (2, "a", False, "ab"),
+        (3, "b", False, "b"),
+        (3, "ab", False, "abc"),
+        (3, "ab", True, "c"),
+        (4, "ab", True, "abcd"),
+        (5, "ce", False, "ce"),
+    ],
+)
+def test_openers_that_disagree_are_an_abort_that_names_the_minority(
+    small: Small, protocol: str, openers: int, liars: str, alike: bool, culprits: str
+) -> None:
+    """Where there is no majority all are named: nobody can tell who is right."""
+    game = small(protocol, "abcde", openers=openers)
+    with pytest.raises(RoundAbortedError, match="opened the sum differently") as caught:
+        game.play(wire=otherwise(game, *liars, alike=alike))
+    assert caught.value.culprits == tuple(culprits)
+
+
+@OPENED
+def test_a_lone_opener_can_lie_and_two_cannot(small: Small, protocol: str) -> None:
+    """What several openers are for."""
+    game = small(protocol, "abcde")
+    outcome = game.play(wire=otherwise(game, "a"))
+    with pytest.raises(AssertionError):
+        game.assert_right(outcome, tuple("abcde"))
+    game = small(protocol, "abcde", openers=2)
+    with pytest.raises(RoundAbortedError):
+        game.play(wire=otherwise(game, "a"))
+
+
+@OPENED
+def test_fewer_openers_than_asked_for_are_an_abort(small: Small, protocol: str) -> None:
+    """Two of five are left to open where three must."""
+    game = small(protocol, "abcde", openers=3)
+    with pytest.raises(RoundAbortedError, match="2 sites opened the sum, 3 needed") as caught:
+        game.play(vanish=dict.fromkeys("abc", "open"))
+    assert caught.value.culprits == ("a", "b", "c")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from protocols import bfv_sum, masked_bfv, plain, secagg
 from protocols.bfv import Parameters, SecretKey, Sum
-from protocols.encoding import Aggregate, FixedPoint
+from protocols.bitpacking import pack
+from protocols.encoding import Aggregate, FixedPoint, _pack
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
 from protocols.identity import digest
 from protocols.keystream import Keystream, Seed
@@ -23,13 +24,17 @@ from protocols.messages import (
     Confirmation,
     MaskAdvertisements,
     OpenedSum,
+    OpeningTag,
     RelayedSecrets,
+    ReleasedShares,
     SealedSeed,
     SharedSecrets,
     SumToOpen,
     Upload,
 )
-from protocols.rounds import statement
+from protocols.rounds import Withheld, statement
+from protocols.sealing import ChannelKey, unseal
+from protocols.shamir import Share, combine
 
 Small = Callable[..., Any]
 Dropouts = Mapping[str, str]
@@ -515,6 +520,230 @@ def test_no_secret_of_a_site_in_the_sum_crosses_the_wire(small: Small) -> None:
         for start in range(0, len(secret), 16):
             assert secret[start : start + 16] not in seen
     game.assert_right(outcome, tuple("abce"))
+
+
+# reveal = "sites"
+
+
+def revealed(game: Any, site: str) -> Aggregate:
+    """What `site` holds after it opened."""
+    state = game.states[site]
+    assert isinstance(state, masked_bfv.Revealed)
+    return state.aggregate
+
+
+def retagged(game: Any, site: str, tag: bytes) -> Callable[[bytes], bytes]:
+    """A well-signed tag instead of the honest one."""
+    signature = signed(game, site, "open", tag)
+    return lambda reply: OpeningTag(site, tag, signature).to_bytes()
+
+
+@given(st.integers(3, 6), st.data())
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sites_end_with_the_aggregate_that_the_server_would_have_got(
+    small: Small, count: int, data: st.DataObject
+) -> None:
+    """Bit for bit, whoever vanishes in whichever phase; or both abort."""
+    sites = "abcdef"[:count]
+    phases = st.sampled_from(masked_bfv.PHASES)
+    vanish = data.draw(st.dictionaries(st.sampled_from(sites), phases, max_size=2))
+    weights = {s: i + 1 for i, s in enumerate(sites)} if data.draw(st.booleans()) else None
+    cap = count if weights else 1
+    encoding = FixedPoint(8, 1.0, count, masked_bfv.slot_bits(count), cap, data.draw(st.booleans()))
+    options: Any = {"encoding": encoding, "weights": weights, "length": 5}
+    blind = small("masked-bfv", sites, reveal="sites", **options)
+    try:
+        outcome = blind.play(vanish=vanish)
+    except RoundAbortedError:
+        left = count - len({s for s in vanish if s in sites})
+        assert left < blind.begin.threshold or vanish.get("a") in ("advertise", "share")
+        return
+    assert isinstance(outcome, Withheld)
+    assert len(outcome.holders) >= blind.begin.threshold
+    game = small("masked-bfv", sites, **options)
+    expected = game.play(vanish={s: p for s, p in vanish.items() if p != "open"}).aggregate
+    assert outcome.contributors == expected.contributors
+    salts = set()
+    for site in outcome.holders:
+        held = revealed(blind, site)
+        assert held.contributors == expected.contributors
+        assert held.total_weight == expected.total_weight
+        assert np.array_equal(held.mean, expected.mean)
+        salts.add(blind.states[site].salt)
+    assert len(salts) == 1
+
+
+def fields(message: Any) -> Iterator[bytes]:
+    """Every byte string in a decoded message."""
+    if isinstance(message, bytes):
+        yield message
+    elif isinstance(message, (list, tuple)):
+        for item in message:
+            yield from fields(item)
+
+
+def test_nothing_that_the_server_sees_is_the_aggregate(small: Small) -> None:
+    """Its slots, its integers, its floats and the salt: in no request and in no reply."""
+    game = small("masked-bfv", "abcde", length=64, reveal="sites")
+    outcome = game.play(vanish={"e": "upload"})
+    assert not hasattr(outcome, "aggregate")
+    seen = b"\0|".join([*game.sent, *game.received])
+    truth = game.truth(tuple("abcd"))
+    slots = _pack(truth, game.encoding.field_bits, game.encoding.fields)
+    mean = revealed(game, "b").mean
+    assert np.array_equal(mean, truth * (1 / (game.encoding.levels * 4)))
+    bits = game.encoding.plain_bits
+    secret = [
+        pack(np.concatenate([np.array([4], np.uint64), slots]), bits).tobytes(),
+        slots.tobytes(),
+        truth.tobytes(),
+        truth.astype(np.int32).tobytes(),
+        mean.tobytes(),
+        mean.astype(np.float32).tobytes(),
+        game.states["b"].salt,
+    ]
+    for data in secret:
+        for start in range(0, len(data) - 15, 8):
+            assert data[start : start + 16] not in seen
+    assert game.begin.session in seen, "the search finds what is there"
+    assert b"OpeningTag" in seen
+    assert b"OpenedSum" not in seen
+    shown = repr(game.states["b"])
+    assert shown == "Revealed()"
+
+
+def test_a_server_that_tries_all_it_saw_opens_nothing(small: Small) -> None:
+    """Every byte string on its wire and every secret it rebuilt, as HE seed and as channel key."""
+    game = small("masked-bfv", "abcde", length=9, reveal="sites")
+    game.play(vanish={"e": "upload"})
+    heard = [msgspec.msgpack.decode(data) for data in [*game.sent, *game.received]]
+    shares: dict[tuple[str, str], dict[int, Share]] = {}
+    sealed, request = [], None
+    for data in [*game.sent, *game.received]:
+        match msgspec.msgpack.decode(data)[0]:
+            case "ReleasedShares":
+                said = ReleasedShares.from_bytes(data)
+                point = game.begin.cohort.index(said.sender) + 1
+                for kind in ("own", "mask"):
+                    for item in getattr(said, kind):
+                        held = shares.setdefault((kind, item.owner), {})
+                        held[point] = Share.parse(item.share)
+            case "RelayedSecrets":
+                sealed += RelayedSecrets.from_bytes(data).seeds
+            case "SumToOpen":
+                request = SumToOpen.from_bytes(data)
+    rebuilt = [combine(dict(list(s.items())[: game.begin.threshold])) for s in shares.values()]
+    assert len(rebuilt) == 5
+    assert len(sealed) == 5
+    assert request is not None
+    known = {seed._material for seed in rebuilt} | {f for m in heard for f in fields(m)}
+    known = {k for k in known if len(k) >= 32}
+    slots = game.encoding.slots(game.length)
+    parameters = Parameters(game.encoding.plain_bits, game.encoding.cohort)
+
+    def opens(material: bytes) -> bool:
+        opened = SecretKey(Seed(material), parameters).open(request.payload, slots, 4)
+        return int(opened[0]) == 4
+
+    assert len(known) > 50
+    for key in known:
+        assert not any(opens(key[:size]) for size in (32, 64) if len(key) >= size)
+        channel = ChannelKey(lambda size, key=key: key[:size])
+        for item in sealed:
+            context = bfv_sum._sealing_context(
+                game.begin, item.maker, item.public, item.receiver, channel.public
+            )
+            with pytest.raises(ProtocolError):
+                unseal(item.box, channel, (item.maker, item.public), context)
+    [he_seed] = [drawn for drawn in game.drawn if len(drawn) == 64]
+    assert opens(he_seed), "the trial would have noticed the right seed"
+
+
+def test_a_tag_tests_no_guess_of_the_aggregate(small: Small) -> None:
+    """The same vectors give the same aggregate and another tag in every round."""
+    tags, means = set(), set()
+    for number in (1, 2):
+        game = small("masked-bfv", "abc", number=number, reveal="sites")
+        game.until("open")
+        replies = game.replies()
+        tags |= {OpeningTag.from_bytes(reply).tag for reply in replies.values()}
+        means.add(revealed(game, "a").mean.tobytes())
+    assert len(means) == 1
+    assert len(tags) == 2
+
+
+def test_a_site_that_opened_otherwise_is_named_and_the_others_hold(small: Small) -> None:
+    game = small("masked-bfv", "abcde", reveal="sites")
+    outcome = game.play(wire=replacing("open", "b", retagged(game, "b", bytes(32))))
+    assert outcome.holders == tuple("acde")
+    assert outcome.contributors == tuple("abcde")
+    assert outcome.faults == {"b": "open: opened another sum than the others"}
+
+
+def test_fewer_than_the_threshold_that_agree_are_an_abort(small: Small) -> None:
+    """Three of five agree where three are needed, and two do not suffice."""
+    game = small("masked-bfv", "abcde", reveal="sites")
+    assert game.begin.threshold == 3
+    assert game.play(vanish={"a": "open", "b": "open"}).holders == tuple("cde")
+    game = small("masked-bfv", "abcde", reveal="sites")
+    with pytest.raises(RoundAbortedError, match="2 sites opened the sum, 3 needed"):
+        game.play(vanish={"a": "open", "b": "open", "c": "open"})
+    game = small("masked-bfv", "abcde", reveal="sites")
+
+    def wire(requests: Any, replies: dict[str, bytes]) -> Mapping[str, bytes]:
+        for i, site in enumerate("abc" if requests.phase == "open" else ""):
+            replies[site] = retagged(game, site, bytes([i]) * 32)(b"")
+        return replies
+
+    with pytest.raises(RoundAbortedError, match="0 sites opened the same sum, 3 needed") as caught:
+        game.play(wire=wire)
+    assert caught.value.culprits == tuple("abcde")
+
+
+@pytest.mark.parametrize("forge", ["unsigned", "in b's name", "an opened sum"])
+def test_a_tag_that_is_not_the_sites_own_does_not_count(small: Small, forge: str) -> None:
+    game = small("masked-bfv", "abcd", reveal="sites")
+
+    def wrong(reply: bytes) -> bytes:
+        said = OpeningTag.from_bytes(reply)
+        made = {
+            "unsigned": changed(said, signature=bytes(64)),
+            "in b's name": changed(said, sender="b"),
+            "an opened sum": OpenedSum("a", b"", said.signature),
+        }[forge]
+        return bytes(made.to_bytes())
+
+    outcome = game.play(wire=replacing("open", "a", wrong))
+    assert outcome.holders == tuple("bcd")
+    assert set(outcome.faults) == {"a"}
+
+
+def test_a_holder_checks_quorum_and_count_and_opens_once(small: Small) -> None:
+    """As an opener does, and it never sends what it opened, whatever the server asks."""
+    game = small("masked-bfv", "abcd", reveal="sites")
+    request = to_open(game)
+    assert refuses(game, changed(request, confirmations=request.confirmations[:1]))
+    assert refuses(game, changed(request, contributors=tuple("abc")))
+    one = Sum(game.encoding.slots(game.length), game.states["a"].key.parameters)
+    for _ in "abcd":
+        one.add(game.states["a"].key.encrypt([np.zeros(one.slots, np.uint64)]))
+    with pytest.raises(RefusedError, match="counts other updates") as caught:
+        game.answer("a", "open", changed(request, payload=one.to_bytes()).to_bytes())
+    assert caught.value.args == ("the sum counts other updates than the 4 it names",)
+    game.answer("a", "open", request.to_bytes())
+    with pytest.raises(RefusedError, match="does not come now"):
+        game.answer("a", "open", request.to_bytes())
+
+
+def test_a_sum_without_weight_is_refused_without_its_weight(small: Small) -> None:
+    """The weight slot is a decrypted value too: it leaves in no error."""
+    encoding = FixedPoint(8, 1.0, 3, masked_bfv.slot_bits(3), 5, weight_slot=True)
+    weights = dict.fromkeys("abc", 0)
+    game = small("masked-bfv", "abc", encoding=encoding, weights=weights, reveal="sites")
+    request = to_open(game)
+    with pytest.raises(RefusedError) as caught:
+        game.answer("a", "open", request.to_bytes())
+    assert str(caught.value) == "the opened sum cannot be averaged"
 
 
 # Size

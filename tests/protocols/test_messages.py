@@ -23,6 +23,7 @@ from protocols.messages import (
     MaskAdvertisements,
     Message,
     OpenedSum,
+    OpeningTag,
     RelayedSecrets,
     ReleasedShare,
     ReleasedShares,
@@ -123,6 +124,7 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
     Upload: st.builds(Upload, NAMES, exactly(32), PAYLOADS, exactly(64)),
     SumToOpen: st.builds(SumToOpen, SORTED_NAMES, st.just(()) | CONFIRMATIONS, PAYLOADS),
     OpenedSum: st.builds(OpenedSum, NAMES, PAYLOADS, exactly(64)),
+    OpeningTag: st.builds(OpeningTag, NAMES, exactly(32), exactly(64)),
     MaskAdvertisement: st.builds(
         lambda sender, keys: MaskAdvertisement(sender, *keys), NAMES, MASK_KEYS
     ),
@@ -170,6 +172,7 @@ SAMPLES: dict[type[Message], Message] = {
         ("a", "b", "c"), tuple(Confirmation(s, bytes(range(64))) for s in "ac"), bytes(range(200))
     ),
     OpenedSum: OpenedSum("a", bytes(range(200)), bytes(range(64))),
+    OpeningTag: OpeningTag("a", bytes(range(32)), bytes(range(64))),
     MaskAdvertisement: MASK_ADVERTS[0],
     MaskAdvertisements: MaskAdvertisements(MASK_ADVERTS),
     SealedShares: SealedShares("a", "b", bytes(range(94))),

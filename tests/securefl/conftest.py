@@ -22,6 +22,7 @@ from securefl.client import Client
 from securefl.config import Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, parse_reply
+from securefl.replicas import Replica, Standing
 from securefl.state import GlobalState
 
 # Shared machines stall: how long an example takes is no promise of this package.
@@ -102,7 +103,10 @@ class Bench:
         table = next(iter(self.tables.values()))
         module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
         weights = models.flatten(module)
-        self.state = GlobalState(0, weights, np.ones(len(weights), np.bool_))
+        self.model = GlobalState(0, weights, np.ones(len(weights), np.bool_))
+        self.state: GlobalState | Standing = self.model
+        if experiment.protocol.reveal == "sites":
+            self.state = Replica.start(self.model).standing(experiment.digest())
 
     def client(self, name: str) -> Client:
         """A client of that site, as after a restart: with what its folder holds."""
@@ -114,7 +118,7 @@ class Bench:
             self.folder / name,
         )
 
-    def begin(self, number: int, state: GlobalState | None = None) -> Begin:
+    def begin(self, number: int, state: GlobalState | Standing | None = None) -> Begin:
         """The honest beginning of that round."""
         binding = agreement.binding(self.experiment, state or self.state, self.encoding)
         agreed = agreement.thresholds(self.experiment, len(self.roster))
@@ -125,7 +129,7 @@ class Bench:
     def request(self, number: int, phase: str, body: bytes, model: bytes = b"") -> bytes:
         return Request(SESSION, number, phase, body, model).to_bytes()
 
-    def first(self, number: int, state: GlobalState | None = None) -> bytes:
+    def first(self, number: int, state: GlobalState | Standing | None = None) -> bytes:
         """The first request of round `number`: the beginning and the model."""
         phase = PROTOCOLS[self.experiment.protocol.name].phases[0]
         model = (state or self.state).to_message()
@@ -141,9 +145,10 @@ class Bench:
 
         `seen(site, phase, request)` is called with every request that was answered.
         """
-        steps = PROTOCOLS[self.experiment.protocol.name].server(
-            self.begin(number), self.roster, self.encoding, self.state.surviving, None
-        )
+        protocol = PROTOCOLS[self.experiment.protocol.name]
+        parts = (self.begin(number), self.roster, self.encoding, self.state.surviving)
+        blind = self.experiment.protocol.reveal == "sites" and protocol.blind_server
+        steps = blind(*parts) if blind else protocol.server(*parts, None)
         asked: Any = next(steps)
         model = self.state.to_message()
         while True:

@@ -163,6 +163,18 @@ def test_every_protocol_that_can_be_chosen_is_described() -> None:
         assert all((told.layers, told.story, told.stops, told.fails))
 
 
+def test_a_run_that_revealed_its_sums_to_the_sites_says_so(write_run: Any) -> None:
+    """In its own words, and nowhere does it say that a server or a single site opened a sum."""
+    protocol = {"name": "masked-bfv", "reveal": "sites"}
+    folder = write_run(experiment={"protocol": protocol}, summary={"protocol": "masked-bfv"})
+    page = Page(write_report(folder))
+    told = words.REVEALED_TO_SITES
+    for part in (told.layers, told.story, told.stops, told.fails):
+        assert part in page.text
+    assert words.GUARANTEES["masked-bfv"].story not in page.text
+    assert words.GUARANTEES["secagg"].stops in page.text
+
+
 REGRESSION = {"metrics": {"test_loss": 0.4, "test_mse": 3000.0, "test_mae": 44.0, "test_r2": 0.4}}
 
 

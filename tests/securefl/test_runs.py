@@ -211,6 +211,108 @@ def test_all_protocols_end_with_identical_weights(small, private, tmp_path, plan
     assert len(models_) == 1
 
 
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedadam"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_model_that_only_the_sites_hold_is_the_same_bit_for_bit(
+    small, private, tmp_path, algorithm, scope
+):
+    """Weights, signs of zeros, mask, metrics, epsilon and survivors."""
+    told = []
+    for reveal in ("server", "sites"):
+        experiment = small(
+            *private,
+            "protocol.name=masked-bfv",
+            f"protocol.reveal={reveal}",
+            "not_private_seed=5",
+            "model.name=mlp",
+            "pruning.sparsity=0.5",
+            f"pruning.scope={scope}",
+            f"aggregation.algorithm={algorithm}",
+            "aggregation.weighting=declared",
+            *(f"aggregation.weights.site-{i}={i}" for i in (1, 2, 3)),
+            "stopping.tolerance=1e-9",
+        )
+        folder = run(experiment, tmp_path / reveal).directory
+        lines = [
+            (r.update, r.metrics, r.epsilon, r.parameters, r.sparsity, r.survivors)
+            for r in read_history(folder).rounds
+        ]
+        model = [(folder / name).read_bytes() for name in ("model.safetensors", "model.json")]
+        told.append((lines, model))
+    assert told[0] == told[1]
+
+
+def test_a_run_that_converges_stops_by_what_the_sites_tell(line, tmp_path):
+    text = LINE.format(path=line, protocol="masked-bfv")
+    done = [
+        run(
+            config.parse(text, [f"protocol.reveal={reveal}", "not_private_seed=1"]),
+            tmp_path / reveal,
+        )
+        for reveal in ("server", "sites")
+    ]
+    assert [item.summary.stopped for item in done] == ["converged", "converged"]
+    assert done[0].summary.rounds == done[1].summary.rounds < 200
+    assert weights(done[0].directory).keys() == weights(done[1].directory).keys()
+    for name, value in weights(done[0].directory).items():
+        assert value.tobytes() == weights(done[1].directory)[name].tobytes()
+
+
+def test_where_only_the_sites_hold_the_model_the_directory_has_it_at_the_sites(
+    small, private, tmp_path
+):
+    """And at its end: model.safetensors is what the consortium gets, from a site's copy."""
+    experiment = small(*private, "protocol.name=masked-bfv", "protocol.reveal=sites")
+    folder = run(experiment, tmp_path / "run").directory
+    assert {p.suffix for p in (folder / "checkpoints").iterdir()} == {".json"}
+    assert {p.name for p in folder.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "experiment.toml",
+        "metrics.jsonl",
+        "model.json",
+        "model.safetensors",
+        "report.html",
+        "server.json",
+        "sites",
+        "summary.json",
+    }
+    for site in ("site-1", "site-2", "site-3"):
+        names = [p.name[:13] for p in (folder / "sites" / site / "models").iterdir()]
+        assert sorted(names) == ["update-000003", "update-000004"]
+    assert json.loads((folder / "summary.json").read_text())["private"] is True
+
+
+def test_a_checkpoint_of_a_blind_server_that_is_damaged_is_one_line(small, tmp_path):
+    folder = tmp_path / "run"
+    interrupted(small("protocol.name=masked-bfv", "protocol.reveal=sites"), folder, 2)
+    path = folder / "checkpoints" / "update-000002.json"
+    told = json.loads(path.read_text())
+    for broken in ("{", json.dumps(told | {"standing": None}), json.dumps(told | {"line": 1})):
+        path.write_text(broken)
+        with pytest.raises(CorruptStoreError, match=r"update-000002\.json is damaged") as caught:
+            resume(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("protocol", "openers"), [("bfv", 2), ("masked-bfv", 3)])
+def test_several_sites_open_where_the_experiment_says_so(small, tmp_path, protocol, openers):
+    overrides = (f"protocol.name={protocol}", f"protocol.openers={openers}")
+    experiment = small(*overrides, "rounds=2")
+    asked: list[int] = []
+
+    def watch(exchange):
+        def watched(phase: str, messages: Mapping[str, bytes]) -> Mapping[str, bytes]:
+            if phase == "open":
+                asked.append(len(messages))
+            return exchange(phase, messages)
+
+        return watched
+
+    run(experiment, tmp_path / "run", exchange=watch)
+    assert asked == [openers, openers]
+
+
 def test_experiments_are_masked_and_encrypted_unless_they_say_otherwise(tmp_path):
     assert Experiment().protocol.name == demo().protocol.name == "masked-bfv"
     assert Experiment().protocol.colluding_sites == demo().protocol.colluding_sites == 1
@@ -340,6 +442,11 @@ def test_declared_weights_count_only_those_who_contributed(small, tmp_path):
             ("protocol.name=masked-bfv", "sites.count=5", "protocol.minimum_cohort=6"),
             "minimum_cohort = 6",
         ),
+        (
+            ("protocol.name=masked-bfv", "sites.count=5", "protocol.openers=5"),
+            "protocol.openers = 5 but a sum may count no more than 4 sites: use at most 4",
+        ),
+        (("protocol.name=bfv", "protocol.openers=3"), "protocol.openers = 3 but a sum may count"),
         (("transcript.consent=['site-9']",), "site-9"),
         (("aggregation.algorithm=no_such_module:rule",), "no_such_module"),
         (("model.name=cnn",), "model.name"),
@@ -633,15 +740,19 @@ def seeded(small, private):
             (folder / "metrics.jsonl").read_bytes()[:-20]
         ),
         lambda folder: sorted((folder / "checkpoints").iterdir())[-1].unlink(),
-        lambda folder: (folder / "checkpoints" / ".update-000004.safetensors.partial").write_bytes(
-            b"half"
-        ),
+        lambda folder: [
+            (folder / "checkpoints" / f".update-000004.{kind}.partial").write_bytes(b"half")
+            for kind in ("safetensors", "json")
+        ],
         lambda folder: (folder / ".summary.json.partial").write_bytes(b"{"),
     ],
     ids=["nothing", "torn metrics", "newest checkpoint", "partial", "partial summary"],
 )
-def test_an_interrupted_run_goes_on_from_what_is_whole(seeded, tmp_path, damage):
+@pytest.mark.parametrize("reveal", ["server", "sites"])
+def test_an_interrupted_run_goes_on_from_what_is_whole(seeded, tmp_path, damage, reveal):
     whole = run(seeded, tmp_path / "whole")
+    chosen = seeded.protocol.model_copy(update={"reveal": reveal})
+    seeded = seeded.model_copy(update={"protocol": chosen})
     folder = tmp_path / "run"
     interrupted(seeded, folder, 3)
     spent = read_history(folder).rounds[-1].epsilon
@@ -756,11 +867,18 @@ print(attempt(), kills)
 """
 
 
-@pytest.mark.parametrize(("protocol", "seed"), [("bfv", 1), ("masked-bfv", 2)])
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(seeded, tmp_path, protocol, seed):
+@pytest.mark.parametrize(
+    ("protocol", "reveal", "seed"),
+    [("bfv", "server", 1), ("masked-bfv", "server", 2), ("masked-bfv", "sites", 3)],
+)
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
+    seeded, tmp_path, protocol, reveal, seed
+):
     chosen = seeded.protocol.model_copy(update={"name": protocol})
     seeded = seeded.model_copy(update={"protocol": chosen})
-    whole = run(seeded, tmp_path / "whole").directory
+    whole = run(seeded, tmp_path / "whole").directory  # there the server holds the model
+    chosen = chosen.model_copy(update={"reveal": reveal})
+    seeded = seeded.model_copy(update={"protocol": chosen})
     folder, log = tmp_path / "run", tmp_path / "vectors"
     (tmp_path / "trial.toml").write_text(seeded.dump())
     out = subprocess.run(

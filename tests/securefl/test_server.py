@@ -11,6 +11,7 @@ import pytest
 
 from protocols.bfv import SecretKey
 from protocols.catalogue import PROTOCOLS
+from protocols.encoding import Aggregate
 from protocols.errors import RoundAbortedError
 from protocols.identity import SigningKey
 from protocols.keystream import Seed
@@ -725,9 +726,16 @@ def reachable(*roots: object) -> list[object]:
     return list(seen.values())
 
 
-@pytest.mark.parametrize("protocol", ["bfv", "masked-bfv"])
-def test_the_server_never_holds_the_he_seed_or_a_key(small, bench, protocol, monkeypatch):
-    """Everything reachable from the server is searched in every phase and after the round."""
+@pytest.mark.parametrize(
+    ("protocol", "reveal"), [("bfv", "server"), ("masked-bfv", "server"), ("masked-bfv", "sites")]
+)
+def test_the_server_never_holds_the_he_seed_or_a_key(small, bench, protocol, reveal, monkeypatch):
+    """Everything reachable from the server is searched in every phase and after the round.
+
+    Under reveal = "sites" for an aggregate too.
+    """
+    blind = reveal == "sites"
+    secret = (SecretKey, SigningKey, *((Aggregate, GlobalState) if blind else ()))
     drawn: list[bytes] = []
     init = Seed.__init__
 
@@ -736,13 +744,14 @@ def test_the_server_never_holds_the_he_seed_or_a_key(small, bench, protocol, mon
         init(self, material)
 
     monkeypatch.setattr(Seed, "__init__", noted)
-    made = bench(small(f"protocol.name={protocol}", "sites.count=4"))
+    overrides = (f"protocol.name={protocol}", f"protocol.reveal={reveal}")
+    made = bench(small(*overrides, "sites.count=4"))
     drawn.clear()
     found: list[str] = []
 
     def look(where: str, *roots: object) -> set[str]:
         held = reachable(*roots)
-        said = {type(item).__name__ for item in held if isinstance(item, SecretKey | SigningKey)}
+        said = {type(item).__name__ for item in held if isinstance(item, secret)}
         seeds = {data for data in drawn if len(data) == 64}
         raw = [item for item in held if isinstance(item, bytes | bytearray)]
         return said | {where for data in seeds for item in raw if data in item}
@@ -752,17 +761,21 @@ def test_the_server_never_holds_the_he_seed_or_a_key(small, bench, protocol, mon
         found.extend(look(phase, messages, replies))
         return replies
 
-    steps = PROTOCOLS[protocol].server(
-        made.begin(1), made.roster, made.encoding, made.state.surviving, None
-    )
+    parts = (made.begin(1), made.roster, made.encoding, made.state.surviving)
+    serve = PROTOCOLS[protocol].blind_server if blind else PROTOCOLS[protocol].server
+    steps = serve(*parts)
     asked = next(steps)
     model = made.state.to_message()
     while True:
         requests = {s: made.request(1, asked.phase, b, model) for s, b in asked.messages.items()}
         replies = {s: parse_reply(r).body for s, r in exchange(asked.phase, requests).items()}
         if asked.phase == "open":
-            clients = [made.clients[s]._round for s in sorted(made.roster) if s not in requests]
-            assert "SecretKey" in look("a site", *clients)  # the search finds what is there
+            clients = [made.clients[s]._round for s in sorted(made.roster)]
+            if not blind:  # there all of them have opened, and hold no key any more
+                assert "SecretKey" in look("a site", *clients)  # the search finds what is there
+            else:
+                assert "GlobalState" in look("a site", *clients)
+                assert "SecretKey" not in look("a site", *clients)
         model = b""
         try:
             asked = steps.send(replies)

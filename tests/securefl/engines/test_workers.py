@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from securefl.config import ConfigurationError
+from securefl.config import ConfigurationError, Engine
 from securefl.engines.workers import Workers
 from securefl.messages import Request
 from securefl.records import read_history
-from securefl.runs import run
+from securefl.runs import resume, run
 
 
 def workers() -> list[int]:
@@ -52,8 +52,9 @@ def at(round_number: int, phase: str, act):
 def test_a_seeded_run_gives_the_same_model_in_process_and_over_workers(small, private, tmp_path):
     overrides = ("protocol.name=masked-bfv", "not_private_seed=3", "rounds=2", *private)
     models = set()
-    for count in (0, 1, 2):
-        done = run(small(*overrides, f"engine.workers={count}"), tmp_path / str(count))
+    for count, reveal in ((0, "server"), (1, "sites"), (2, "server")):
+        experiment = small(*overrides, f"engine.workers={count}", f"protocol.reveal={reveal}")
+        done = run(experiment, tmp_path / f"{count} {reveal}")
         models.add((done.directory / "model.safetensors").read_bytes())
         assert all(len(r.survivors) == 3 for r in read_history(done.directory).rounds)
         assert len(done.summary.epsilon) == 3
@@ -85,6 +86,48 @@ def test_the_sites_of_a_killed_worker_fall_out_and_the_run_goes_on(small, privat
     assert done.summary.stopped == "round budget"
     assert all(value <= 5.0 for value in done.summary.epsilon.values())
     assert workers() == []
+
+
+def test_sites_of_a_worker_killed_in_the_opening_are_brought_up_later(small, tmp_path):
+    """They hold an older model than the others; the run ends as if no worker had died.
+
+    It goes on in process: where clients run is no part of what sites agree on.
+    """
+
+    class StopError(Exception):
+        pass
+
+    class Stopping:
+        def started(self, rounds: int, done: int) -> None: ...
+        def phase(self, round_number: int, phase: str) -> None: ...
+        def finished(self, record) -> None:
+            if record.update == 2:
+                raise StopError
+
+    def kill() -> None:
+        os.kill(workers()[-1], signal.SIGKILL)
+
+    overrides = (
+        "protocol.name=masked-bfv",
+        "protocol.colluding_sites=0",
+        "sites.count=5",
+        "rounds=3",
+        "not_private_seed=3",
+        "pruning.sparsity=0.5",
+    )
+    whole = run(small(*overrides), tmp_path / "whole").directory
+    experiment = small(*overrides, "protocol.reveal=sites", "engine.workers=3")
+    folder = tmp_path / "run"
+    with pytest.raises(StopError):
+        run(experiment, folder, exchange=at(2, "open", kill), progress=Stopping())
+    assert workers() == []
+    here = experiment.model_copy(update={"engine": Engine()})
+    (folder / "experiment.toml").write_text(here.dump())
+    resume(folder)
+    records = read_history(folder).rounds
+    assert all(len(record.survivors) == 5 for record in records)
+    assert ["borrow" in record.bytes_down for record in records] == [False, False, True]
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_deadline_drops_sites_that_are_too_slow_and_they_may_come_back(small, tmp_path):
