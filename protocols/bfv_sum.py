@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from protocols.bfv import Parameters, SecretKey, Sum, largest_plain_bits
 from protocols.bitpacking import pack, unpack
-from protocols.encoding import Aggregate, FixedPoint
+from protocols.encoding import Aggregate, Encoding, FixedPoint
 from protocols.errors import MalformedMessageError, ProtocolError, RefusedError, RoundAbortedError
 from protocols.identity import Identity, Roster, digest
 from protocols.keystream import Randomness, Seed
@@ -228,7 +228,7 @@ def _shared(begin: Begin, sealed: SealedSeed) -> bytes:
 def server(
     begin: Begin,
     roster: Roster,
-    encoding: FixedPoint,
+    encoding: Encoding,
     length: int,
     weights: Mapping[str, int] | None = None,
     openers: int = 1,
@@ -306,7 +306,7 @@ def opening(
     cohort: Cohort,
     holders: tuple[str, ...],
     request: SumToOpen,
-    encoding: FixedPoint,
+    encoding: Encoding,
     length: int,
     weight: int | None,
     openers: int,

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from protocols import bfv_sum, masks, secagg
 from protocols.bfv import Parameters, SecretKey, Sum
 from protocols.bitpacking import pack
-from protocols.encoding import Aggregate, FixedPoint
+from protocols.encoding import Aggregate, Encoding, FixedPoint
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
 from protocols.graph import thresholds
 from protocols.identity import Roster, digest
@@ -214,7 +214,7 @@ def client_step6(
     return Revealed(aggregate, salt), OpeningTag(me.name, tag, signature).to_bytes()
 
 
-def summed(cohort: Cohort, encoding: FixedPoint, length: int) -> Part[SumToOpen]:
+def summed(cohort: Cohort, encoding: Encoding, length: int) -> Part[SumToOpen]:
     """The server's phases before open: it adds, takes masks off, and holds no HE key.
 
     Raises RoundAbortedError when too few are left in any phase, or the maker of the HE seed is gone
@@ -268,7 +268,7 @@ def summed(cohort: Cohort, encoding: FixedPoint, length: int) -> Part[SumToOpen]
 def server(
     begin: Begin,
     roster: Roster,
-    encoding: FixedPoint,
+    encoding: Encoding,
     length: int,
     weights: Mapping[str, int] | None = None,
     openers: int = 1,
@@ -290,9 +290,7 @@ def server(
     return Outcome(aggregate, cohort.faults)
 
 
-def blind_server(
-    begin: Begin, roster: Roster, encoding: FixedPoint, length: int
-) -> BlindServerSide:
+def blind_server(begin: Begin, roster: Roster, encoding: Encoding, length: int) -> BlindServerSide:
     """The server's round under reveal = "sites": it ends without an aggregate.
 
     Raises RoundAbortedError as `summed` does, and when fewer than t sites, or half of the cohort,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocols.bitpacking import pack, unpack
-from protocols.encoding import Aggregate, FixedPoint
+from protocols.encoding import Aggregate, Encoding, FixedPoint
 from protocols.errors import MalformedMessageError, ProtocolError
 from protocols.identity import Roster
 from protocols.keystream import Randomness
@@ -64,7 +64,7 @@ def client_step1(
 def server(
     begin: Begin,
     roster: Roster,
-    encoding: FixedPoint,
+    encoding: Encoding,
     length: int,
     weights: Mapping[str, int] | None = None,
 ) -> ServerSide:

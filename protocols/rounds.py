@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from protocols.encoding import Aggregate, FixedPoint
+from protocols.encoding import Aggregate, Encoding, FixedPoint
 from protocols.errors import ProtocolError, RefusedError, RoundAbortedError
 from protocols.graph import Thresholds
 from protocols.identity import Identity, Roster, SigningKey, digest
@@ -90,7 +90,7 @@ class Expected:
     round: int
     binding: bytes
     minimum: int
-    encoding: FixedPoint
+    encoding: Encoding
     length: int
     tolerated: int = 0
     reveal: Reveal = "server"

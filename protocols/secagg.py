@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from protocols import masks, shamir
 from protocols.bitpacking import pack, unpack
-from protocols.encoding import Aggregate, FixedPoint
+from protocols.encoding import Aggregate, Encoding, FixedPoint
 from protocols.errors import (
     MalformedMessageError,
     ProtocolError,
@@ -539,7 +539,7 @@ def _choices(points: list[int], size: int) -> Iterator[tuple[int, ...]]:
 def server(
     begin: Begin,
     roster: Roster,
-    encoding: FixedPoint,
+    encoding: Encoding,
     length: int,
     weights: Mapping[str, int] | None = None,
 ) -> ServerSide:

@@ -3,22 +3,73 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Final
 
 from protocols import graph
 from protocols.catalogue import PROTOCOLS
-from protocols.encoding import FixedPoint
+from protocols.encoding import Encoding, FixedPoint, Integers
 from protocols.graph import Thresholds
 from protocols.identity import digest
 from protocols.keystream import Keystream, Randomness, Seed
+from securefl import config
 from securefl.config import ConfigurationError, Experiment
+from securefl.privacy.plan import Cohort, Plan, RecordDistributed, RecordLocal, SiteDistributed
 from securefl.replicas import Standing
 from securefl.state import GlobalState
 
+OVERFLOW: Final = 2.0**-40
+"""The most probability of noise that wraps one coordinate of one sum."""
 
-def encoding(experiment: Experiment, cohort: int) -> FixedPoint:
-    """How updates become integers when at most `cohort` sites contribute."""
+
+@lru_cache(maxsize=64)
+def _calibrated(
+    privacy: config.Privacy | config.SitePrivacy,
+    rounds: int,
+    steps: int,
+    cohort: Cohort | None,
+    dimension: int,
+) -> Plan:
+    if isinstance(privacy, config.Privacy):
+        if cohort is None:
+            return RecordLocal.calibrate(privacy, rounds, steps, dimension)
+        return RecordDistributed.calibrate(privacy, rounds, cohort, dimension)
+    assert cohort is not None  # noqa: S101 - a site's noise is distributed
+    total = rounds + privacy.spare_rounds
+    return SiteDistributed.calibrate(
+        privacy.epsilon, privacy.delta, privacy.clip, total, cohort, dimension
+    )
+
+
+def plan(experiment: Experiment, sites: int, dimension: int) -> Plan | None:
+    """The privacy plan of an experiment, calibrated for all of its rounds.
+
+    dimension: parameters of the dense model.
+    """
+    privacy, cohort = experiment.privacy, None
+    if privacy is None:
+        return None
+    if privacy.noise == "distributed":
+        cohort = Cohort(sites, thresholds(experiment, sites).minimum, tolerated(experiment))
+    steps = experiment.training.local_steps
+    return _calibrated(privacy, experiment.rounds, steps, cohort, dimension)
+
+
+def encoding(experiment: Experiment, cohort: int, plan: Plan | None) -> Encoding:
+    """How updates become slots when at most `cohort` sites contribute."""
     protocol, aggregation = experiment.protocol, experiment.aggregation
+    slot_bits = PROTOCOLS[protocol.name].slot_bits(cohort)
+    if isinstance(plan, RecordDistributed | SiteDistributed):
+        # Sites send sums; the mean over the sites, times this, is the mean over an expected batch.
+        unit = plan.grid
+        if isinstance(plan, RecordDistributed):
+            unit *= cohort / plan.expected_batch
+        try:
+            return Integers(_field_bits(experiment, plan), unit, cohort, slot_bits)
+        except ValueError as error:
+            raise ConfigurationError(f"privacy: {error}") from None
     cap = 1
     if aggregation.weighting == "declared":
         cap = max(aggregation.weights.values())
@@ -29,12 +80,21 @@ def encoding(experiment: Experiment, cohort: int) -> FixedPoint:
             bits=protocol.bits,
             clip=protocol.clip,
             cohort=cohort,
-            slot_bits=PROTOCOLS[protocol.name].slot_bits(cohort),
+            slot_bits=slot_bits,
             weight_cap=cap,
             weight_slot=aggregation.weighting == "records",
         )
     except ValueError as error:
         raise ConfigurationError(f"protocol: {error}") from None
+
+
+def _field_bits(experiment: Experiment, plan: RecordDistributed | SiteDistributed) -> int:
+    if isinstance(plan, SiteDistributed):
+        return plan.field_bits(OVERFLOW)
+    # One coordinate of a gradient is far below its norm where there are many: 16 times the mean.
+    usual = plan.expected_batch * min(1.0, 16 / math.sqrt(plan.dimension))
+    signal = getattr(experiment.privacy, "signal", None) or usual
+    return plan.field_bits(signal, OVERFLOW)
 
 
 def tolerated(experiment: Experiment) -> int:
@@ -92,7 +152,7 @@ def public_weights(experiment: Experiment) -> Mapping[str, int] | None:
     return aggregation.weights if aggregation.weighting == "declared" else None
 
 
-def binding(experiment: Experiment, state: GlobalState | Standing, encoding: FixedPoint) -> bytes:
+def binding(experiment: Experiment, state: GlobalState | Standing, encoding: Encoding) -> bytes:
     """SHA-256 over the experiment, the weights and pruning mask, and the encoding (32 bytes)."""
     return digest("binding", experiment.digest(), state.digest(), repr(encoding).encode())
 

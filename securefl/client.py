@@ -13,17 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from protocols.catalogue import OPEN, PROTOCOLS, UPLOAD
+from protocols.encoding import Integers
 from protocols.errors import ProtocolError, RefusedError
 from protocols.identity import Identity, digest
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.masked_bfv import Revealed
 from protocols.rounds import Expected
-from securefl import agreement, models
+from securefl import agreement, config, models
 from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, printable
-from securefl.privacy.plan import RecordLocal
 from securefl.privacy.training import Trainer
 from securefl.replicas import PHASES as REPLICA_PHASES
 from securefl.replicas import Replica, Replicas, Standing
@@ -59,7 +59,6 @@ class Client:
         identity: Identity,
         session: bytes,
         table: Table,
-        plan: RecordLocal | None,
         store: SiteStore,
     ) -> None:
         name = identity.name
@@ -67,22 +66,25 @@ class Client:
         self._experiment = experiment
         self._identity = identity
         self._session = session
-        self._plan = plan
         self._store = store
         self._protocol = PROTOCOLS[experiment.protocol.name]
-        self._encoding = agreement.encoding(experiment, len(identity.roster))
         self._thresholds = agreement.thresholds(experiment, len(identity.roster))
         self._weight = _weight(name, table, experiment)
         module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
         self._layout = models.layout(module)
         self._size = self._layout.size
+        self._plan = agreement.plan(experiment, len(identity.roster), self._size)
+        self._encoding = agreement.encoding(experiment, len(identity.roster), self._plan)
         self._rule = server_rule(experiment.aggregation)
         start = Replica.start(first_state(module, self._rule))
         loss = models.loss(experiment.model, table.task)
         device = resolve_device(experiment.device)
-        self._trainer = Trainer(module, loss, table, experiment.training, plan, device)
+        person = protected_by(experiment)
+        self._trainer = Trainer(
+            module, loss, table, experiment.training, self._plan, device, person
+        )
         self._round: _Round | None = None
-        store.bind(digest("promise", experiment.digest(), repr(plan).encode()).hex())
+        store.bind(digest("promise", experiment.digest(), repr(self._plan).encode()).hex())
         self._replicas: Replicas | None = None
         if experiment.protocol.reveal == "sites":
             agreed, quorum = experiment.digest(), agreement.quorum(experiment, len(identity.roster))
@@ -192,6 +194,10 @@ class Client:
                 )
             self._store.charge(current.number)
         model = current.model
+        if isinstance(self._encoding, Integers):
+            noised = self._trainer.noised_sum(model.weights, model.mask, current.training)
+            yield from self._encoding.encode(noised)
+            return
         update = self._trainer.update(model.weights, model.mask, current.training)
         rounding = Keystream(Seed.draw(current.training), "rounding")
         try:
@@ -212,12 +218,26 @@ def check_records(name: str, table: Table, experiment: Experiment) -> None:
             f"{name} holds records of one class only ({held}): choose another partition, a larger "
             "sites.alpha, or fewer sites"
         )
-    plan = experiment.privacy
-    if plan is not None and len(table) < plan.expected_batch:
+    privacy, person = experiment.privacy, protected_by(experiment)
+    if person is not None and person not in table.groups:
         raise ConfigurationError(
-            f"{name} holds fewer records than privacy.expected_batch = {plan.expected_batch}: "
-            "lower expected_batch or leave the site out"
+            f'{name} has no column {person!r} (data.person), which privacy.unit = "person" needs'
         )
+    if isinstance(privacy, config.Privacy) and privacy.noise == "local":
+        count, kind = len(table), "records"
+        if person is not None:
+            count, kind = len(np.unique(table.groups[person])), "people"
+        if count < privacy.expected_batch:
+            raise ConfigurationError(
+                f"{name} holds fewer {kind} than privacy.expected_batch = "
+                f"{privacy.expected_batch}: lower expected_batch or leave the site out"
+            )
+
+
+def protected_by(experiment: Experiment) -> str | None:
+    """The column that says whose a row is, where people and not records are protected."""
+    privacy = experiment.privacy
+    return experiment.data.person if privacy and privacy.unit == "person" else None
 
 
 def _weight(name: str, table: Table, experiment: Experiment) -> int:

@@ -29,7 +29,6 @@ from securefl.config import ConfigurationError, Experiment
 from securefl.engines import Exchange, inprocess
 from securefl.engines.workers import WorkerFailedError, Workers
 from securefl.evaluation import evaluate
-from securefl.privacy import accounting
 from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary, read_history
 from securefl.replicas import Replica, Standing
 from securefl.server import BudgetsSpentError, Round, Server
@@ -153,7 +152,7 @@ class _Job:
         self.replaced = replaced
         self.tampered = tuple(sorted(replaced))
         self.consortium = simulation.assemble(experiment)
-        self.plan = simulation.plan(experiment)
+        self.plan = self.consortium.plan
         self.rule = server_rule(experiment.aggregation)
         test = self.consortium.test
         self.module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)
@@ -179,7 +178,8 @@ class _Job:
         session = os.urandom(16)
         self.progress.started(self.experiment.rounds, state.update)
         with self._engine(folder, session) as (roster, exchange):
-            server = Server(self.experiment, roster, session, exchange, self.progress.phase)
+            entered = self.progress.phase
+            server = Server(self.experiment, roster, session, exchange, entered, self.plan)
             stopped = self._why_stop(state)
             while stopped is None:
                 last = records[-1].round if records else 0
@@ -458,8 +458,8 @@ class _Job:
             why_not_private=why_not,
             epsilon=self._spent(folder),
             delta=plan.delta if plan else None,
-            adjacency=accounting.ADJACENCY if plan else None,
-            accountant=accounting.ACCOUNTANT if plan else None,
+            adjacency=plan.adjacency if plan else None,
+            accountant=plan.cost(max(self._charged(folder).values())).accountant if plan else None,
             bytes_up_per_parameter=float(np.mean(list(dense.upload_bytes.values())))
             / dense.parameters,
             bytes_up_last_round=sum(last.bytes_up.values()),

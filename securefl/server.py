@@ -17,6 +17,7 @@ from securefl import agreement, replicas
 from securefl.config import Experiment
 from securefl.engines import Exchange
 from securefl.messages import Answer, Refusal, Request, parse_reply, printable
+from securefl.privacy.plan import Plan
 from securefl.replicas import Standing, Whereabouts
 from securefl.state import GlobalState
 
@@ -65,13 +66,14 @@ class Server:
         session: bytes,
         exchange: Exchange,
         entered: Callable[[int, str], None],
+        plan: Plan | None = None,
     ) -> None:
         self._experiment = experiment
         self._roster = roster
         self._session = session
         self._exchange = exchange
         self._entered = entered
-        self._encoding = agreement.encoding(experiment, len(roster))
+        self._encoding = agreement.encoding(experiment, len(roster), plan)
         self._thresholds = agreement.thresholds(experiment, len(roster))
         bound = replicas.context(session, experiment.digest())
         quorum = agreement.quorum(experiment, len(roster))

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import final
 
 from protocols.identity import Identity
-from securefl import agreement, data
+from securefl import agreement, data, models
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
-from securefl.privacy.plan import RecordLocal
+from securefl.privacy.plan import Plan
 from securefl.store import SiteStore
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Consortium:
-    """Each site's training records, in site order, and the held-out test records."""
+    """Each site's training records, in site order, the held-out test records, and the plan."""
 
     sites: Mapping[str, Table]
     test: Table
+    plan: Plan | None
 
 
 def assemble(experiment: Experiment) -> Consortium:
@@ -32,7 +33,9 @@ def assemble(experiment: Experiment) -> Consortium:
     train, test = data.split(table, experiment.data.test_fraction, experiment.seed, by)
     sites = data.partition(train, experiment.sites, experiment.seed)
     agreement.thresholds(experiment, len(sites))
-    agreement.encoding(experiment, len(sites))
+    module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)
+    plan = agreement.plan(experiment, len(sites), models.layout(module).size)
+    agreement.encoding(experiment, len(sites), plan)
     for key, named in (
         ("aggregation.weights", experiment.aggregation.weights),
         ("transcript.consent", experiment.transcript.consent),
@@ -44,19 +47,11 @@ def assemble(experiment: Experiment) -> Consortium:
             )
     for name, records in sites.items():
         check_records(name, records, experiment)
-    return Consortium(sites, test)
-
-
-def plan(experiment: Experiment) -> RecordLocal | None:
-    """The privacy plan of an experiment, calibrated for all of its rounds."""
-    if experiment.privacy is None:
-        return None
-    steps = experiment.training.local_steps
-    return RecordLocal.calibrate(experiment.privacy, experiment.rounds, steps)
+    return Consortium(sites, test, plan)
 
 
 def client(
     experiment: Experiment, table: Table, identity: Identity, session: bytes, folder: Path
 ) -> Client:
     """The client of one site, with its durable state in `folder`."""
-    return Client(experiment, identity, session, table, plan(experiment), SiteStore(folder))
+    return Client(experiment, identity, session, table, SiteStore(folder))

@@ -138,9 +138,9 @@ def from_frames(
 ) -> Table:
     """The records of `frames` (where they come from -> rows), one below the other.
 
-    Every column is a feature but `label`, `groups` and `data.drop`; the latter two become the
-    table's groups. `shape` folds the features of one record. Checks every value and raises
-    ConfigurationError naming the place, the column, the row and the value.
+    Every column is a feature but `label`, `groups`, `data.drop` and `data.person`; all but the
+    label become the table's groups. `shape` folds the features of one record. Checks every value
+    and raises ConfigurationError naming the place, the column, the row and the value.
     """
     first = next(iter(frames))
     columns = [str(name) for name in frames[first].columns]
@@ -159,7 +159,14 @@ def from_frames(
             )
         if name == label:
             raise ConfigurationError(f"data.drop lists the label {label!r}: keep it")
-    aside = [*groups, *(name for name in data.drop if name not in groups)]
+    if data.person is not None and data.person not in (*columns, *groups):
+        raise ConfigurationError(
+            f"{first} has no column {data.person!r} (data.person){near(data.person, columns)}"
+        )
+    if data.person == label:
+        raise ConfigurationError(f"data.person names the label {label!r}: name another column")
+    others = (*data.drop, *([data.person] if data.person else []))
+    aside = list(dict.fromkeys([*groups, *others]))
     names = tuple(name for name in columns if name != label and name not in aside)
     if not names:
         raise ConfigurationError(f"{first} has no feature left: drop fewer columns in data.drop")

@@ -21,6 +21,15 @@ RETRIED: Final = math.exp(-0.5)
 """beta of conditional rounding: at most how often an attempt fails. It costs no privacy."""
 
 
+class Observer(Enum):
+    """Whom a figure holds against."""
+
+    OTHERS = "the server and the colluding sites"
+    """They see every sum and know their own noise; with no collusion, one curious site."""
+    PUBLIC = "whoever sees only the released models"
+    """Nobody who took part speaks: every share of the noise is unknown to them."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class RecordLocal:
@@ -86,25 +95,26 @@ class RecordLocal:
         """Of the noise, in fine units."""
         return self.noise_multiplier * self.units
 
-    def spent(self, rounds: int) -> float:
-        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
+    @property
+    def adjacency(self) -> str:
+        """What neighbouring data sets differ in."""
+        return f"add or remove one {self.unit}"
+
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`, whoever looks."""
+        del observer
         distance = integers.hardening_distance(self.deviation, self.dimension)
         step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
         steps = accounting.Repeated(step, rounds * self.steps_per_round)
-        return accounting.epsilon([steps], self.delta)
+        return accounting.cost([steps], self.delta)
+
+    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
+        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
+        return self.cost(rounds, observer).epsilon
 
     def affords(self, rounds: int) -> bool:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
         return self.spent(rounds) <= self.epsilon
-
-
-class Observer(Enum):
-    """Whom a figure holds against."""
-
-    OTHERS = "the server and the colluding sites"
-    """They see every sum and know their own noise; with no collusion, one curious site."""
-    PUBLIC = "whoever sees only the released models"
-    """Nobody who took part speaks: every share of the noise is unknown to them."""
 
 
 @final
@@ -225,6 +235,11 @@ class RecordDistributed:
         return plan(deviation)
 
     @property
+    def adjacency(self) -> str:
+        """What neighbouring data sets differ in."""
+        return f"add or remove one {self.unit}"
+
+    @property
     def grid(self) -> float:
         """What one integer of the sum stands for, in the gradient's units."""
         return self.clip * (1 << integers.FINE_BITS) / self.units
@@ -335,6 +350,11 @@ class SiteDistributed:
             lambda x: plan(x).spent(rounds), epsilon, max(2.0, 0.9 * about), 1.002 * about
         )
         return plan(deviation)
+
+    @property
+    def adjacency(self) -> str:
+        """What neighbouring data sets differ in."""
+        return "replace one site's updates by zero"
 
     @property
     def grid(self) -> float:
