@@ -338,7 +338,7 @@ def upload_sizes() -> Iterator[Row]:
 
 
 def noise() -> Iterator[Row]:
-    """A million draws of integer noise, one thread, beside torch.normal, which is no match for it."""
+    """A million draws of integer noise, one thread, beside torch.normal."""
     stream = Keystream(Seed(os.urandom(32)), "noise")
     torch.set_num_threads(1)
     theirs = [timed(lambda: torch.normal(0.0, 1.0, (1 << 20,)))[0] for _ in range(REPETITIONS)]
@@ -395,8 +395,8 @@ INTRODUCTION = {
     "a Mersenne twister. At 100 sites the rounds have 100,000 parameters and are played once, "
     "because Flower's shares alone take minutes there.",
     "torch.normal": "A million draws at a time, one thread. The peer draws float32 from a Mersenne "
-    "twister, whose state its outputs give away and whose low-order bits betray what they were added "
-    "to; ours are exact integers from AES-256 and within 2^-100 of the discrete Gaussian.",
+    "twister, whose state its outputs give away; as floats, sums with it betray their low-order bits. "
+    "Ours are integers from AES-256, within 2^-100 of the discrete Gaussian.",
 }
 
 
