@@ -395,7 +395,7 @@ INTRODUCTION = {
     "a Mersenne twister. At 100 sites the rounds have 100,000 parameters and are played once, "
     "because Flower's shares alone take minutes there.",
     "torch.normal": "A million draws at a time, one thread. The peer draws float32 from a Mersenne "
-    "twister, whose state its outputs give away; as floats, sums with it betray their low-order bits. "
+    "twister, whose state its outputs give away; as floats, sums with it leak low-order bits. "
     "Ours are integers from AES-256, within 2^-100 of the discrete Gaussian.",
 }
 

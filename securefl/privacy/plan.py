@@ -65,11 +65,16 @@ class RecordLocal:
             privacy.unit,
         )
 
+    def cost(self, rounds: int) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`, against everyone alike."""
+        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate)
+        return accounting.cost(
+            [accounting.Repeated(step, rounds * self.steps_per_round)], self.delta
+        )
+
     def spent(self, rounds: int) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate)
-        steps = accounting.Repeated(step, rounds * self.steps_per_round)
-        return accounting.epsilon([steps], self.delta)
+        return self.cost(rounds).epsilon
 
     def affords(self, rounds: int) -> bool:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
