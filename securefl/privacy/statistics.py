@@ -3,8 +3,8 @@
 A statistic turns a site's records into one integer vector. The sites' vectors are summed under
 secagg or masked-bfv with a share of discrete Gaussian noise each, and whoever has the sum decodes
 it. What a record may add is bounded by ranges that are declared, never looked up in the data; a
-value outside is moved to the nearest end, and one that is missing adds nothing. The guarantee is for what
-one row is: where people are to be protected, give one row a person.
+value outside is moved to the nearest end, and one that is missing adds nothing. What is protected
+is a row: where people are to be, give each of them one.
 """
 
 from __future__ import annotations

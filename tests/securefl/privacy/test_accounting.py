@@ -209,7 +209,10 @@ def test_a_sum_of_shares_is_as_close_to_one_discrete_gaussian_as_tau_says(sigma,
 
 def test_what_the_shares_and_slips_leave_out_is_charged():
     base = (2.0, 4, 1.0, 0.1, 200, 1e-5)
-    assert narrow(*base, dimension=10**14).epsilon > narrow(*base).epsilon
+    vast = 10**14  # coordinates, for tau to show at all
+    least = 200 * 2 * accounting._sum_of_shares(2.0, 4) * vast
+    assert least > 0.5
+    assert narrow(*base, dimension=vast).epsilon >= narrow(*base).epsilon + least
     assert narrow(*base, slip=2e-8).epsilon > narrow(*base).epsilon
     assert narrow(2.0, 4, 1.0, 0.1, 200, 1e-5 - 200 * 2e-8).epsilon == pytest.approx(
         narrow(*base, slip=2e-8).epsilon, rel=1e-9
