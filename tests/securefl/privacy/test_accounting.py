@@ -244,6 +244,26 @@ def test_a_wide_sum_costs_what_its_continuous_gaussian_costs():
         assert cost.epsilon >= continuous(noise, rate, steps, delta) * (1 - 1e-9)
 
 
+def test_the_distance_from_a_rounded_gaussian_grows_with_coordinates_and_is_charged():
+    """sqrt(D) / (30 v^2) of docs/adr/0006: what few coordinates can afford, many cannot."""
+
+    def spent(dimension: int, steps: int = 1) -> list[Repeated]:
+        return [Repeated(PoissonDiscreteGaussianSum(20.0, 2, 20.0, dimension, 0.2), steps)]
+
+    v = 2 * 20.0**2 - 1 / 12
+    for dimension, steps in ((1, 1), (100, 1), (10_000, 9)):
+        stated = math.sqrt(dimension * steps) / (30 * v**2)
+        distance = accounting._distance_from_rounded(spent(dimension, steps))
+        assert distance == pytest.approx(stated, rel=1e-6)
+    delta = 1e-5
+    few, many = accounting.cost(spent(10), delta), accounting.cost(spent(10**6), delta)
+    assert few.accountant == accounting.ACCOUNTANT
+    assert many.accountant == accounting.RENYI
+    assert few.epsilon < many.epsilon
+    left = delta - (1 + math.exp(few.epsilon)) * math.sqrt(10) / (30 * v**2)
+    assert few.epsilon == pytest.approx(continuous(math.sqrt(v) / 20, 0.2, 1, left), rel=1e-6)
+
+
 def test_a_narrow_sum_is_not_answered_by_loss_distributions():
     """FACTS: at sigma 2 the continuous Gaussian's curve is no bound for the discrete one."""
     x = np.arange(-60, 61)
