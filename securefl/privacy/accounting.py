@@ -169,13 +169,19 @@ def least(cost: Callable[[float], float], target: float, low: float, high: float
         low, high, dear = high, high * 2, cheap
         if high > ceiling:
             raise ValueError(f"no noise reaches epsilon {target:g}")
-    nudge = 1.0
+    nudge, steps = 1.0, 0
     while high > low * 1.001:
-        # The secant in logarithms, a little to the side that is still far off; or the middle.
-        share = 0.5
-        if dear < math.inf and cheap > 0:
+        # The secant in logarithms, a little to the side that is still far off; with one point, as
+        # if the cost were in inverse proportion. Every fourth step halves, whatever the curve.
+        steps += 1
+        if steps % 4 == 0 or cheap == 0:
+            middle = math.sqrt(low * high)
+        elif dear < math.inf:
             share = math.log(dear / target) / math.log(dear / cheap)
-        middle = min(max(low * (high / low) ** share * nudge, low * 1.0004), high / 1.0004)
+            middle = low * (high / low) ** share * nudge
+        else:
+            middle = high * cheap / target * 0.999
+        middle = min(max(middle, low * 1.0004), high / 1.0004)
         found = cost(middle)
         if found <= target:
             high, cheap, nudge = middle, found, 0.9994
@@ -193,10 +199,12 @@ def noise_multiplier(
     Raises ValueError when no multiplier up to 2^20 does.
     """
 
-    def cost(noise: float) -> float:
-        return epsilon([Repeated(PoissonGaussian(noise, rate, distance), steps)], delta)
+    def event(noise: float) -> Repeated:
+        return Repeated(PoissonGaussian(noise, rate, distance), steps)
 
-    return least(cost, target, 0.05, 1.0)
+    # Renyi's bound is the cheaper one to evaluate, and never far above.
+    start = least(lambda noise: _by_renyi((event(noise),))(delta), target, 0.05, 1.0)
+    return least(lambda noise: epsilon([event(noise)], delta), target, 0.05, start)
 
 
 def _check(holds: bool, name: str, value: float, use: str) -> None:
@@ -291,7 +299,7 @@ def _by_loss_distributions(spent: tuple[Repeated, ...]) -> Callable[[float], flo
     gaussians = sorted((*_gaussian(r.event), r.times) for r in spent)
     # Any interval gives an upper bound. Where the noise is small and the rate is not, losses are
     # large, and a tenfold coarser grid costs less than 1e-3 of epsilon and is ten times as fast.
-    fine = any(multiplier > 2 or rate < 0.05 for multiplier, rate, _ in gaussians)
+    fine = any(multiplier > 2 or rate < 0.02 for multiplier, rate, _ in gaussians)
     losses = PLDAccountant(value_discretization_interval=1e-4 if fine else 1e-3)
     for multiplier, rate, times in gaussians:
         gaussian = dp_accounting.GaussianDpEvent(multiplier)

@@ -24,6 +24,7 @@ FINE_BITS: Final = 16
 
 _ATTEMPTS: Final = 256
 _EXACT: Final = 1 << 53
+_CHUNK: Final = 1 << 17  # numbers
 
 
 def clipped_sum(gradients: Sequence[torch.Tensor], clip: float, units: int) -> NDArray[np.int64]:
@@ -45,17 +46,25 @@ def clipped_sum(gradients: Sequence[torch.Tensor], clip: float, units: int) -> N
             f"clip = {clip}, units = {units}, {rows} rows: use clip > 0 and "
             f"1 <= units < 2^53 / {max(rows, 1)}"
         )
-    wide = [part.reshape(rows, math.prod(part.shape[1:])).double() for part in gradients]
-    size = sum(part.shape[1] for part in wide)
-    slack = (size + 2) * 2.0**-52
-    norms = torch.stack([part.square().sum(1) for part in wide]).sum(0).sqrt()
-    scale = (units / clip) * (1 - 2 * slack) * torch.clamp(clip / norms, max=1.0)
-    scale = torch.where(torch.isfinite(norms), scale, 0.0)[:, None]
-    whole = [torch.trunc(torch.nan_to_num(part, 0.0, 0.0, 0.0) * scale) for part in wide]
-    squares = torch.stack([part.square().sum(1) for part in whole]).sum(0)
-    kept = (squares <= float(units) ** 2 * (1 - slack)).double()
-    total = torch.cat([kept @ part for part in whole])  # integers below 2^53: exact
+    flat = [part.reshape(rows, math.prod(part.shape[1:])) for part in gradients]
+    size = sum(part.shape[1] for part in flat)
+    total = torch.zeros(size, dtype=torch.float64, device=flat[0].device)
+    # As much as a processor's cache holds; an accelerator takes all at once.
+    step = max(1, _CHUNK // size if total.device.type == "cpu" else rows)
+    for start in range(0, rows, step):
+        chunk = torch.cat([part[start : start + step] for part in flat], 1).double()
+        total += _clipped(chunk, clip, units).sum(0)  # integers below 2^53: exact
     return np.asarray(total.to(torch.int64).cpu().numpy(), np.int64)
+
+
+def _clipped(rows: torch.Tensor, clip: float, units: int) -> torch.Tensor:
+    """Each of `rows` (float64[n, d], overwritten) as integers of clip / units; some left out."""
+    slack = (rows.shape[1] + 2) * 2.0**-52
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    scale = (units / clip) * (1 - 2 * slack) * torch.clamp(clip / norms, max=1.0)
+    whole = rows.mul_(scale[:, None]).trunc_()
+    squares = torch.linalg.vecdot(whole, whole)
+    return whole[squares <= float(units) ** 2 * (1 - slack)]  # nothing that is not finite is
 
 
 def dithered(total: NDArray[np.int64], keystream: Keystream) -> NDArray[np.int64]:

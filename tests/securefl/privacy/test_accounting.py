@@ -153,7 +153,7 @@ def test_one_discrete_gaussian_costs_the_continuous_ones_renyi_bound_to_three_di
     cost = narrow(*mechanism)
     assert cost.accountant == accounting.RENYI
     noise = math.sqrt(shares) * deviation / sensitivity
-    orders = [*range(2, 129), *range(130, 1025, 2)]
+    orders = [*range(2, 65), *range(66, 129, 2), *range(136, 513, 8)]
     theirs = rdp.RdpAccountant(orders)
     event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
     theirs.compose(event, steps)
@@ -209,7 +209,10 @@ def test_a_sum_of_shares_is_as_close_to_one_discrete_gaussian_as_tau_says(sigma,
 
 def test_what_the_shares_and_slips_leave_out_is_charged():
     base = (2.0, 4, 1.0, 0.1, 200, 1e-5)
-    assert narrow(*base, dimension=10**14).epsilon > narrow(*base).epsilon
+    vast = 10**14  # coordinates, for tau to show at all
+    least = 200 * 2 * accounting._sum_of_shares(2.0, 4) * vast
+    assert least > 0.5
+    assert narrow(*base, dimension=vast).epsilon >= narrow(*base).epsilon + least
     assert narrow(*base, slip=2e-8).epsilon > narrow(*base).epsilon
     assert narrow(2.0, 4, 1.0, 0.1, 200, 1e-5 - 200 * 2e-8).epsilon == pytest.approx(
         narrow(*base, slip=2e-8).epsilon, rel=1e-9
@@ -239,6 +242,26 @@ def test_a_wide_sum_costs_what_its_continuous_gaussian_costs():
         assert cost.accountant == accounting.ACCOUNTANT
         assert cost.epsilon == pytest.approx(continuous(noise, rate, steps, delta), rel=1e-3)
         assert cost.epsilon >= continuous(noise, rate, steps, delta) * (1 - 1e-9)
+
+
+def test_the_distance_from_a_rounded_gaussian_grows_with_coordinates_and_is_charged():
+    """sqrt(D) / (30 v^2) of docs/adr/0006: what few coordinates can afford, many cannot."""
+
+    def spent(dimension: int, steps: int = 1) -> list[Repeated]:
+        return [Repeated(PoissonDiscreteGaussianSum(20.0, 2, 20.0, dimension, 0.2), steps)]
+
+    v = 2 * 20.0**2 - 1 / 12
+    for dimension, steps in ((1, 1), (100, 1), (10_000, 9)):
+        stated = math.sqrt(dimension * steps) / (30 * v**2)
+        distance = accounting._distance_from_rounded(spent(dimension, steps))
+        assert distance == pytest.approx(stated, rel=1e-6)
+    delta = 1e-5
+    few, many = accounting.cost(spent(10), delta), accounting.cost(spent(10**6), delta)
+    assert few.accountant == accounting.ACCOUNTANT
+    assert many.accountant == accounting.RENYI
+    assert few.epsilon < many.epsilon
+    left = delta - (1 + math.exp(few.epsilon)) * math.sqrt(10) / (30 * v**2)
+    assert few.epsilon == pytest.approx(continuous(math.sqrt(v) / 20, 0.2, 1, left), rel=1e-6)
 
 
 def test_a_narrow_sum_is_not_answered_by_loss_distributions():

@@ -41,8 +41,8 @@ def site_plan() -> SiteDistributed:
     ("changes", "rounds", "dimension"),
     [
         ({}, 20, 500),
-        ({"epsilon": 5.0, "rate": 0.5, "expected_batch": 250}, 100, 14),
-        ({"epsilon": 3.0, "delta": 1e-5, "rate": 0.03, "expected_batch": 2000}, 100, 26_000),
+        ({"epsilon": 5.0, "rate": 0.5, "expected_batch": 250}, 30, 14),
+        ({"epsilon": 3.0, "delta": 1e-5, "rate": 0.03, "expected_batch": 2000}, 20, 26_000),
         ({"epsilon": 0.5, "rate": 0.1, "expected_batch": 500, "spare_rounds": 0}, 5, 100_000),
         ({"epsilon": 20.0}, 10, 50),
     ],
