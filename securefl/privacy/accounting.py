@@ -1,7 +1,7 @@
 """What noisy steps cost: events as values, and the epsilon of their composition.
 
 Two accountants answer, and the smaller figure holds, for both are upper bounds; what neither
-answers raises (docs/adr/0006-two-accountants.md):
+answers raises (docs/adr/0008-two-accountants.md):
 
 - Renyi differential privacy (RDP) from integer orders, for discrete Gaussians: `_by_renyi`;
 - privacy loss distributions (dp-accounting), for continuous Gaussians, and for discrete ones so
