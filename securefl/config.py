@@ -126,7 +126,9 @@ class Training(Section):
 class Aggregation(Section):
     """How the aggregate moves the global weights (Reddi et al. 2021, algorithm 2).
 
-    `momentum` belongs to fedavg, `beta1`, `beta2` and `tau` to fedadam.
+    `momentum` belongs to fedavg, `beta1`, `beta2` and `tau` to fedadam. With `average_from` the
+    model that is evaluated and given out is the mean of the weights since that round (Polyak and
+    Juditsky 1992); it reads aggregates only, so it costs no privacy.
     """
 
     algorithm: Literal["fedavg", "fedadam"] | Callable_ = "fedavg"
@@ -135,6 +137,7 @@ class Aggregation(Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
+    average_from: Count | None = None
     weighting: Literal["uniform", "records", "declared"] = "uniform"
     weights: Mapping[SiteName, Count] = {}
     weight_cap: Count | None = None

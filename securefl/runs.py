@@ -36,6 +36,8 @@ from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import ServerStore, SiteStore
 from securefl.transcript import recorded
 
+MEAN_ACCURACY = "test_accuracy_mean_of_sites"
+
 MOST_ABORTS = 3
 """A run fails after this many aborted rounds in a row."""
 
@@ -338,7 +340,7 @@ class _Job:
         after: Known,
     ) -> RoundRecord:
         model = self._model(folder, after)
-        models.assign(self.module, model.weights)
+        models.assign(self.module, model.released)
         past = records[-1].round if records else 0
         traffic = result.traffic
         out = {site: why for site, why in result.faults.items() if site in self.consortium.sites}
@@ -346,7 +348,7 @@ class _Job:
         return RoundRecord(
             round=result.number,
             update=after.update,
-            metrics=evaluate(self.module, self.loss, self.consortium.test, self.device),
+            metrics=self._metrics(),
             epsilon=self._spent(folder),
             bytes_up=dict(traffic.bytes_up),
             bytes_down=dict(traffic.bytes_down),
@@ -359,6 +361,19 @@ class _Job:
             dropouts={site: why for site, why in out.items() if site not in survivors},
             aborted=tuple(range(past + 1, result.number)),
         )
+
+    def _metrics(self) -> dict[str, float]:
+        """The test figures, and the mean of the accuracy over sites that a column tells apart."""
+        test, sites = self.consortium.test, self.experiment.sites
+        metrics = evaluate(self.module, self.loss, test, self.device)
+        held = test.groups.get(sites.column or "") if sites.partition == "column" else None
+        if held is not None and test.classes:
+            each = [
+                evaluate(self.module, self.loss, test.take(held == site), self.device)
+                for site in np.unique(held)
+            ]
+            metrics[MEAN_ACCURACY] = float(np.mean([figures["test_accuracy"] for figures in each]))
+        return metrics
 
     def _charged(self, folder: Path) -> dict[str, int]:
         """How many rounds each site was charged for, from its own durable count."""
@@ -406,7 +421,7 @@ class _Job:
 
     def _write_model(self, folder: Path, state: GlobalState) -> None:
         tensors = {
-            name: state.weights[part].reshape(shape)
+            name: state.released[part].reshape(shape)
             for name, shape, part in zip(
                 self.layout.names, self.layout.shapes, self.layout.slices(), strict=True
             )

@@ -29,6 +29,8 @@ from securefl.models import Layout
 from securefl.pruning import prune, target_sparsity
 from securefl.store import CorruptStoreError
 
+_AVERAGE = "average"  # the key of the averaged weights among the moments
+
 
 class DivergedError(RuntimeError):
     """Weights that are no longer finite."""
@@ -52,6 +54,12 @@ class GlobalState:
     def __post_init__(self) -> None:
         if self.weights.shape != self.mask.shape or self.weights.ndim != 1:
             raise ValueError("weights and mask must be vectors of one length")
+
+    @property
+    def released(self) -> NDArray[np.float32]:
+        """The weights that are evaluated and given out: their average, where one is kept."""
+        average = self.moments.get(_AVERAGE)
+        return self.weights if average is None else (average * self.mask).astype(np.float32)
 
     @property
     def surviving(self) -> int:
@@ -164,7 +172,8 @@ def apply(
     """
     update = np.zeros(len(state.mask))
     update[state.mask] = mean
-    moved, moments = rule.step(state.weights.astype(np.float64), update, state.moments)
+    kept = {name: value for name, value in state.moments.items() if name != _AVERAGE}
+    moved, moments = rule.step(state.weights.astype(np.float64), update, kept)
     with np.errstate(over="ignore"):
         weights = np.where(state.mask, moved, 0.0).astype(np.float32)
     if not np.isfinite(weights).all():
@@ -174,6 +183,11 @@ def apply(
         sparsity = target_sparsity(experiment.pruning, state.update + 1, experiment.rounds)
         mask = prune(weights, mask, layout, sparsity, experiment.pruning.scope)
         weights = np.where(mask, weights, np.float32(0))
+    since = experiment.aggregation.average_from
+    if since is not None and state.update + 1 >= since:
+        before = state.moments.get(_AVERAGE, np.zeros(len(weights)))
+        after = before + (weights - before) / (state.update + 2 - since)
+        moments = {**moments, _AVERAGE: after}
     quiet = 0
     if experiment.stopping is not None:
         distance = _norm(weights.astype(np.float64) - state.weights)

@@ -15,6 +15,7 @@ from securefl.records import RoundRecord, Summary
 
 _NAMES = {
     "test_accuracy": "test accuracy",
+    "test_accuracy_mean_of_sites": "test accuracy, mean of the sites",
     "test_r2": "test R²",
     "test_auc": "test AUC",
     "test_mae": "test mean absolute error",
