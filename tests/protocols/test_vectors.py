@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,42 @@ def test_stored_shares_lie_on_the_stored_polynomial() -> None:
         value = sum(c * int(x) ** power for power, c in enumerate(coefficients)) % prime
         assert int(share, 16) == value
         assert len(share) == 66
+
+
+def test_stored_noise_inverts_the_cumulative_masses_at_the_words_of_a_keystream() -> None:
+    """By plain sums of exponentials: bit 0 is the sign, the rest the uniform of the magnitude.
+
+    Above sigma 2048 a fine part of variance 6 k^2 and k times a coarse one, each from its words.
+    """
+    given = vector("noise")
+    for name, draws in given["draws"].items():
+        variance, k = Fraction(name) ** 2, 0
+        parts = [(1, variance)]
+        if float(name) > 2048:
+            k = round((float(name) / 6**0.5) ** 0.5)
+            parts = [(1, Fraction(6 * k * k)), (k, variance / k**2 - 6)]
+        taken = words(
+            data(given["seed"]), given["purpose"], data(given["context"]), 12 * len(parts)
+        )
+        expected = [0] * 12
+        for at, (scale, v) in enumerate(parts):
+            for i, word in enumerate(map(int, taken[12 * at : 12 * at + 12])):
+                magnitude = inverse(Fraction(word >> 1, 1 << 63), v)
+                expected[i] += scale * (-magnitude if word & 1 else magnitude)
+        assert draws == expected
+
+
+def inverse(uniform: Fraction, variance: Fraction) -> int:
+    """The least m with uniform < P(|X| <= m), X the discrete Gaussian of that variance."""
+    two_v = 2 * float(variance)
+    reach = int(14 * float(variance) ** 0.5) + 2
+    masses = [1.0, *(2 * math.exp(-j * j / two_v) for j in range(1, reach))]
+    total, below = math.fsum(masses), 0.0
+    for m, mass in enumerate(masses):
+        below += mass
+        if float(uniform) < below / total:
+            return m
+    raise AssertionError("a uniform beyond the last mass")
 
 
 def test_stored_masks_are_keystreams_of_the_shared_secret() -> None:

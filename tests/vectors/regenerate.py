@@ -42,6 +42,7 @@ from protocols.messages import (
     Survivors,
     Upload,
 )
+from protocols.noise import DiscreteGaussian
 from protocols.rounds import Expected, statement
 from protocols.sealing import ChannelKey, seal
 
@@ -83,6 +84,17 @@ def known_answers() -> Vectors:
             "bytes": Keystream(seed, "masks", b"round 5").bytes(48).hex(),
             "words": [str(word) for word in Keystream(seed, "masks", b"round 5").words(6)],
             "uniform": Keystream(seed, "masks", b"round 5").uniform(6).tolist(),
+        },
+        "noise": {
+            "seed": MATERIAL.hex(),
+            "purpose": "noise",
+            "context": b"round 5".hex(),
+            "draws": {
+                str(sigma): DiscreteGaussian(sigma)
+                .sample(Keystream(seed, "noise", b"round 5"), 12)
+                .tolist()
+                for sigma in (0.5, 2.25, 50.0, 2048.0, 65536.0)
+            },
         },
         "bitpacking": {
             str(bits): {
