@@ -148,7 +148,7 @@ def client_step3(
         raise RefusedError(f"{maker} makes the seed of this round, not {sealed.maker}")
     seed = bfv_sum.open_seed(expected, begin, state.secrets.channel, sealed)
     key = bfv_sum.secret_key(expected, seed)
-    common = Seed(seed.derive("opening", begin.context))
+    common = opening_secret(seed, begin)
     uploaded, masked = secagg.mask(state, relayed, slots)
     payload = bytes(key.encrypt(masked))
     me = expected.identity
@@ -200,12 +200,21 @@ def client_step6(
         )
     except ProtocolError:  # what the slots hold stays here
         raise RefusedError("the opened sum cannot be averaged") from None
-    slots = pack(opened, encoding.plain_bits).tobytes()
-    said = digest("opened", *(site.encode() for site in names), slots)
-    tag, salt = state.common.derive("tag", said), state.common.derive("salt")
+    tag = opening_tag(state.common, names, pack(opened, encoding.plain_bits).tobytes())
+    salt = state.common.derive("salt")
     me = expected.identity
     signature = me.key.sign(statement(begin.context, "open", me.name, tag))
     return Revealed(aggregate, salt), OpeningTag(me.name, tag, signature).to_bytes()
+
+
+def opening_secret(seed: Seed, begin: Begin) -> Seed:
+    """What the sites of a round derive from its HE seed for tags and salts."""
+    return Seed(seed.derive("opening", begin.context))
+
+
+def opening_tag(common: Seed, contributors: tuple[str, ...], slots: bytes) -> bytes:
+    """A MAC of an opened sum's packed slots: HKDF-SHA256 as a pseudorandom function, 32 bytes."""
+    return common.derive("tag", digest("opened", *(site.encode() for site in contributors), slots))
 
 
 def summed(cohort: Cohort, encoding: FixedPoint, length: int) -> Part[SumToOpen]:
