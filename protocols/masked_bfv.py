@@ -17,9 +17,10 @@ Under reveal = "sites" every site that confirmed opens the sum in phase open and
 server gets a tag from each (`OpeningTag`) and sees whether they opened the same. What is then
 announced of the aggregate can be salted with 32 bytes that the sites alone derive (`Revealed`).
 
-Formal Guarantees of reveal = "sites": a server that colludes with no site learns nothing of the
-aggregate: it holds neither the HE seed nor anything made from it but ciphertexts, its key id and
-the tags, and these are values of independent pseudorandom functions.
+Formal Guarantees of reveal = "sites": a server that follows the protocol and colludes with no site
+learns nothing of the aggregate. It holds nothing made from the HE seed but ciphertexts, the key id
+and the tags, and these two are values of independent pseudorandom functions. One that sends sites
+different sums learns whether they opened the same.
 """
 
 from __future__ import annotations
