@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from protocols import bfv_sum, masks, plain, secagg, shamir
+from protocols import bfv_sum, masked_bfv, masks, plain, secagg, shamir
 from protocols.bfv import MODULUS, SEED_BYTES, Parameters, SecretKey, Sum
 from protocols.bitpacking import pack, unpack
 from protocols.encoding import FixedPoint
@@ -32,6 +32,7 @@ from protocols.messages import (
     Confirmations,
     MaskAdvertisement,
     MaskAdvertisements,
+    OpeningTag,
     RelayedSecrets,
     ReleasedShare,
     ReleasedShares,
@@ -116,6 +117,7 @@ def known_answers() -> Vectors:
         "masks": mask_streams(),
         "mask_advertisement": mask_advertisement(),
         "released_shares": released(),
+        "opening_tag": opening_tag(),
     }
 
 
@@ -308,6 +310,23 @@ def bfv() -> dict[str, Any]:
     }
 
 
+def opening_tag() -> dict[str, Any]:
+    """A site's answer to the opening under reveal = "sites", and the salt of that round."""
+    common = masked_bfv.opening_secret(Seed(MATERIAL), BEGIN)
+    slots = bytes(range(100))
+    tag = masked_bfv.opening_tag(common, SITES, slots)
+    key = SigningKey(lambda size: bytes(range(size)))
+    signature = key.sign(statement(BEGIN.context, "open", SITES[0], tag))
+    return {
+        "seed": MATERIAL.hex(),
+        "contributors": list(SITES),
+        "slots": slots.hex(),
+        "salt": common.derive("salt").hex(),
+        "public": key.public.hex(),
+        "message": OpeningTag(SITES[0], tag, signature).to_bytes().hex(),
+    }
+
+
 def bad(what: str, call: str, error: str, **given: Any) -> dict[str, Any]:
     """One negative vector."""
     return {"what": what, "call": call, "error": error, **given}
@@ -343,6 +362,7 @@ def bad_messages() -> Vectors:
     )
     shares = ReleasedShares.from_bytes(bytes.fromhex(released()["bytes"]))
     survivors = Survivors(SITES)
+    told = OpeningTag.from_bytes(bytes.fromhex(opening_tag()["message"]))
     return {
         "begin_bad_unsorted_cohort": bad_message(
             "the cohort is not in order", "Begin", changed(BEGIN, cohort=SITES[::-1])
@@ -468,6 +488,9 @@ def bad_messages() -> Vectors:
             "two shares of one seed from one site",
             "ReleasedShares",
             changed(shares, own=(shares.own[0], *shares.own)),
+        ),
+        "opening_tag_bad_short_tag": bad_message(
+            "31 bytes of tag", "OpeningTag", changed(told, tag=told.tag[:-1])
         ),
         "released_shares_bad_unsorted": bad_message(
             "not in order", "ReleasedShares", changed(shares, own=shares.own[::-1])
