@@ -61,6 +61,7 @@ from protocols.rounds import (
     Slots,
     Steps,
     Withheld,
+    in_turn,
     majority,
     public_weight,
     statement,
@@ -132,13 +133,12 @@ def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> t
         secagg.check_adverts(state, shared.adverts.values())
         peers = {site: advert.channel for site, advert in shared.adverts.items()}
         seeds = bfv_sum.seal_seeds(me, state.begin, state.channel, peers, randomness)
-    return shared, secagg.shared_secrets(state, boxes, seeds)
+    return shared, secagg.shared_secrets(shared, boxes, seeds)
 
 
 def maker(begin: Begin, adverts: Iterable[str]) -> str:
     """The site in U1 that makes this round's HE seed: another one each round."""
-    names = sorted(adverts)
-    return names[(begin.round - 1) % len(names)]
+    return in_turn(tuple(sorted(adverts)), begin.round)[0]
 
 
 def client_step3(
@@ -268,8 +268,7 @@ def summed(cohort: Cohort, encoding: FixedPoint, length: int) -> Part[SumToOpen]
 
     # confirm, unmask: what did not cancel is rebuilt and taken off, under the encryption
     confirmations = yield from secagg.confirmed(cohort, survivors)
-    members = tuple(secrets)
-    terms = yield from secagg.outstanding(cohort, adverts, members, survivors, confirmations)
+    terms = yield from secagg.outstanding(cohort, adverts, secrets, survivors, confirmations)
     total.subtract(masks.total(terms, total.slots, encoding.plain_bits))
 
     return SumToOpen(survivors, confirmations.items, total.to_bytes())
@@ -291,8 +290,8 @@ def server(
     cohort = Cohort(begin, roster)
     request = yield from summed(cohort, encoding, length)
 
-    # open: key holders decrypt the sum; for one that does not answer, the next one is asked
-    signers = tuple(item.sender for item in request.confirmations)
+    # open: key holders decrypt the sum, others each round; for one that does not answer, the next
+    signers = in_turn(tuple(item.sender for item in request.confirmations), begin.round)
     weight = public_weight(weights, request.contributors)
     aggregate = yield from bfv_sum.opening(
         cohort, signers, request, encoding, length, weight, openers

@@ -355,10 +355,14 @@ def bad_messages() -> Vectors:
     to_open = SumToOpen(SITES, confirmations, b"sum")
     offer = MaskAdvertisement.from_bytes(bytes.fromhex(mask_advertisement()["advertisement"]))
     offers = MaskAdvertisements((offer, msgspec.structs.replace(offer, sender=SITES[1])))
-    boxes = tuple(SealedShares(SITES[0], site, bytes(94)) for site in SITES[1:])
-    shared = SharedSecrets(boxes, (), bytes(64))
+    boxes = tuple(
+        SealedShares(SITES[0], site, bytes(94), bytes(32), bytes(32)) for site in SITES[1:]
+    )
+    shared = SharedSecrets(boxes, bytes(32), (), bytes(64))
     relayed = RelayedSecrets(
-        SITES, tuple(SealedShares(s, SITES[0], bytes(94)) for s in SITES[1:]), ()
+        SITES,
+        tuple(SealedShares(s, SITES[0], bytes(94), bytes(32), bytes(32)) for s in SITES[1:]),
+        (),
     )
     shares = ReleasedShares.from_bytes(bytes.fromhex(released()["bytes"]))
     survivors = Survivors(SITES)
@@ -441,7 +445,13 @@ def bad_messages() -> Vectors:
         "shared_secrets_bad_two_senders": bad_message(
             "boxes in two names",
             "SharedSecrets",
-            changed(shared, shares=(boxes[0], SealedShares(SITES[1], SITES[2], bytes(94)))),
+            changed(
+                shared,
+                shares=(
+                    boxes[0],
+                    SealedShares(SITES[1], SITES[2], bytes(94), bytes(32), bytes(32)),
+                ),
+            ),
         ),
         "shared_secrets_bad_repeated_receiver": bad_message(
             "two boxes for one site", "SharedSecrets", changed(shared, shares=(boxes[0], *boxes))
