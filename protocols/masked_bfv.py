@@ -156,7 +156,7 @@ def client_step3(
         raise RefusedError(f"{making} makes the seed of this round, not {sealed.maker}")
     seed = bfv_sum.open_seed(expected, begin, state.secrets.channel, sealed)
     key = bfv_sum.secret_key(expected, seed)
-    common = opening_secret(seed, begin)
+    common = opening_secret(seed, begin.context)
     uploaded, masked = secagg.mask(state, relayed, slots)
     payload = bytes(key.encrypt(masked))
     me = expected.identity
@@ -214,9 +214,9 @@ def client_step6(
     return Revealed(aggregate, salt), OpeningTag(me.name, tag, signature).to_bytes()
 
 
-def opening_secret(seed: Seed, begin: Begin) -> Seed:
+def opening_secret(seed: Seed, context: bytes) -> Seed:
     """What the sites of a round derive from its HE seed for tags and salts."""
-    return Seed(seed.derive("opening", begin.context))
+    return Seed(seed.derive("opening", context))
 
 
 def opening_tag(common: Seed, contributors: tuple[str, ...], slots: bytes) -> bytes:

@@ -274,7 +274,8 @@ def test_stored_mask_advertisement_is_signed_and_commits() -> None:
 
 def test_stored_opening_tag_is_keyed_by_the_he_seed() -> None:
     """HKDF of the seed, twice; over the contributors and the packed slots."""
-    given, context = vector("opening_tag"), data(vector("begin")["context"])
+    given = vector("opening_tag")
+    context = data(given["context"])
     told = messages.OpeningTag.from_bytes(data(given["message"]))
     common = derived(data(given["seed"]), "opening", context)
     names = [site.encode() for site in given["contributors"]]

@@ -312,13 +312,15 @@ def bfv() -> dict[str, Any]:
 
 def opening_tag() -> dict[str, Any]:
     """A site's answer to the opening under reveal = "sites", and the salt of that round."""
-    common = masked_bfv.opening_secret(Seed(MATERIAL), BEGIN)
+    context = bytes(range(32))
+    common = masked_bfv.opening_secret(Seed(MATERIAL), context)
     slots = bytes(range(100))
     tag = masked_bfv.opening_tag(common, SITES, slots)
     key = SigningKey(lambda size: bytes(range(size)))
-    signature = key.sign(statement(BEGIN.context, "open", SITES[0], tag))
+    signature = key.sign(statement(context, "open", SITES[0], tag))
     return {
         "seed": MATERIAL.hex(),
+        "context": context.hex(),
         "contributors": list(SITES),
         "slots": slots.hex(),
         "salt": common.derive("salt").hex(),
