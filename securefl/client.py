@@ -137,6 +137,7 @@ class Client:
         current.protocol_state, reply = self._protocol.step(
             request.phase, state, request.body, slots, os.urandom
         )
+        self._store.enter(current.number)  # before anything that was said in it leaves
         if isinstance(current.protocol_state, Revealed):
             self._move(current, current.protocol_state)
             current.protocol_state = None
@@ -181,7 +182,6 @@ class Client:
             reveal=self._experiment.protocol.reveal,
             weights=agreement.public_weights(self._experiment),
         )
-        self._store.enter(request.round)
         return _Round(request.round, model, base, expected, training)
 
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:

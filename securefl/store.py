@@ -151,9 +151,10 @@ class SiteStore:
 
         So it signs no second list of survivors in a round, and trains for it once.
         """
-        if round_number <= self.last_round:
+        if round_number < self.last_round:
             raise ValueError(f"round {round_number} does not follow round {self.last_round}")
-        self._put(msgspec.structs.replace(self._record, entered=round_number))
+        if self._record.entered != round_number:
+            self._put(msgspec.structs.replace(self._record, entered=round_number))
 
     def charge(self, round_number: int) -> None:
         """Charge one round, durably, before anything that depends on it is computed."""
