@@ -46,6 +46,7 @@ from protocols.rounds import (
     ServerSide,
     Slots,
     Steps,
+    in_turn,
     majority,
     public_weight,
     statement,
@@ -289,7 +290,8 @@ def server(
     # open: key holders decrypt the sum; for one that does not answer, the next one is asked
     request = SumToOpen(contributors, (), total.to_bytes())
     weight = public_weight(weights, contributors)
-    aggregate = yield from opening(cohort, contributors, request, encoding, length, weight, openers)
+    holders = in_turn(contributors, begin.round)
+    aggregate = yield from opening(cohort, holders, request, encoding, length, weight, openers)
     return Outcome(aggregate, cohort.faults)
 
 

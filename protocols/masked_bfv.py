@@ -17,9 +17,10 @@ Under reveal = "sites" every site that confirmed opens the sum in phase open and
 server gets a tag from each (`OpeningTag`) and sees whether they opened the same. What is then
 announced of the aggregate can be salted with 32 bytes that the sites alone derive (`Revealed`).
 
-Formal Guarantees of reveal = "sites": a server that colludes with no site learns nothing of the
-aggregate: it holds neither the HE seed nor anything made from it but ciphertexts, its key id and
-the tags, and these are values of independent pseudorandom functions.
+Formal Guarantees of reveal = "sites": a server that follows the protocol and colludes with no site
+learns nothing of the aggregate. It holds nothing made from the HE seed but ciphertexts, the key id
+and the tags, and these two are values of independent pseudorandom functions. One that sends sites
+different sums learns whether they opened the same.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from protocols.rounds import (
     Slots,
     Steps,
     Withheld,
+    in_turn,
     majority,
     public_weight,
     statement,
@@ -131,13 +133,12 @@ def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> t
         secagg.check_adverts(state, shared.adverts.values())
         peers = {site: advert.channel for site, advert in shared.adverts.items()}
         seeds = bfv_sum.seal_seeds(me, state.begin, state.channel, peers, randomness)
-    return shared, secagg.shared_secrets(state, boxes, seeds)
+    return shared, secagg.shared_secrets(shared, boxes, seeds)
 
 
 def maker(begin: Begin, adverts: Iterable[str]) -> str:
     """The site in U1 that makes this round's HE seed: another one each round."""
-    names = sorted(adverts)
-    return names[(begin.round - 1) % len(names)]
+    return in_turn(tuple(sorted(adverts)), begin.round)[0]
 
 
 def client_step3(
@@ -155,7 +156,7 @@ def client_step3(
         raise RefusedError(f"{making} makes the seed of this round, not {sealed.maker}")
     seed = bfv_sum.open_seed(expected, begin, state.secrets.channel, sealed)
     key = bfv_sum.secret_key(expected, seed)
-    common = Seed(seed.derive("opening", begin.context))
+    common = opening_secret(seed, begin.context)
     uploaded, masked = secagg.mask(state, relayed, slots)
     payload = bytes(key.encrypt(masked))
     me = expected.identity
@@ -206,12 +207,21 @@ def client_step6(
         )
     except ProtocolError:  # what the slots hold stays here
         raise RefusedError("the opened sum cannot be averaged") from None
-    slots = pack(opened, encoding.plain_bits).tobytes()
-    said = digest("opened", *(site.encode() for site in names), slots)
-    tag, salt = state.common.derive("tag", said), state.common.derive("salt")
+    tag = opening_tag(state.common, names, pack(opened, encoding.plain_bits).tobytes())
+    salt = state.common.derive("salt")
     me = expected.identity
     signature = me.key.sign(statement(begin.context, "open", me.name, tag))
     return Revealed(aggregate, salt), OpeningTag(me.name, tag, signature).to_bytes()
+
+
+def opening_secret(seed: Seed, context: bytes) -> Seed:
+    """What the sites of a round derive from its HE seed for tags and salts."""
+    return Seed(seed.derive("opening", context))
+
+
+def opening_tag(common: Seed, contributors: tuple[str, ...], slots: bytes) -> bytes:
+    """A MAC of an opened sum's packed slots: HKDF-SHA256 as a pseudorandom function, 32 bytes."""
+    return common.derive("tag", digest("opened", *(site.encode() for site in contributors), slots))
 
 
 def summed(cohort: Cohort, encoding: Encoding, length: int) -> Part[SumToOpen]:
@@ -258,8 +268,7 @@ def summed(cohort: Cohort, encoding: Encoding, length: int) -> Part[SumToOpen]:
 
     # confirm, unmask: what did not cancel is rebuilt and taken off, under the encryption
     confirmations = yield from secagg.confirmed(cohort, survivors)
-    members = tuple(secrets)
-    terms = yield from secagg.outstanding(cohort, adverts, members, survivors, confirmations)
+    terms = yield from secagg.outstanding(cohort, adverts, secrets, survivors, confirmations)
     total.subtract(masks.total(terms, total.slots, encoding.plain_bits))
 
     return SumToOpen(survivors, confirmations.items, total.to_bytes())
@@ -281,8 +290,8 @@ def server(
     cohort = Cohort(begin, roster)
     request = yield from summed(cohort, encoding, length)
 
-    # open: key holders decrypt the sum; for one that does not answer, the next one is asked
-    signers = tuple(item.sender for item in request.confirmations)
+    # open: key holders decrypt the sum, others each round; for one that does not answer, the next
+    signers = in_turn(tuple(item.sender for item in request.confirmations), begin.round)
     weight = public_weight(weights, request.contributors)
     aggregate = yield from bfv_sum.opening(
         cohort, signers, request, encoding, length, weight, openers

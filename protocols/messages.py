@@ -55,7 +55,8 @@ class Message(
             message = msgspec.msgpack.decode(data, type=cls)
             canonical = msgspec.msgpack.encode(message) == data
         except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
-            raise MalformedMessageError(f"not a {cls.__name__}: {error}") from None
+            told = "".join(c if c.isprintable() else " " for c in str(error))[:200]
+            raise MalformedMessageError(f"not a {cls.__name__}: {told}") from None
         if not canonical:
             raise MalformedMessageError(f"not a {cls.__name__}: not in its one encoding")
         return message
@@ -164,21 +165,27 @@ class MaskAdvertisements(Message, frozen=True):
 
 
 class SealedShares(Message, frozen=True):
-    """One site -> another, through S: shares of its self-mask seed and of its mask secret."""
+    """One site -> another, through S: shares of its self-mask seed and of its mask secret.
+
+    of_seed, of_secret: SHA-256 that identify each share, so that a wrong one can be traced.
+    """
 
     sender: SiteName
     receiver: SiteName
     box: SharesBox
+    of_seed: Digest
+    of_secret: Digest
 
 
 class SharedSecrets(Message, frozen=True):
     """C -> S: one box of shares for every neighbour in U1; the maker's HE seeds too.
 
     Receivers trust the seal of each box; the signature lets S refuse a reply that is not from this
-    site and round before anyone relies on it.
+    site and round before anyone relies on it. kept: identifies the share of its own seed.
     """
 
     shares: Annotated[tuple[SealedShares, ...], Meta(min_length=1, max_length=1 << 16)]
+    kept: Digest
     seeds: Annotated[tuple[SealedSeed, ...], Meta(max_length=1 << 16)]
     signature: Signature
 

@@ -81,6 +81,7 @@ class Expected:
     binding: what it computed itself over the model it was shown and the parameters.
     minimum: the least cohort and the fewest contributions it accepts, >= 2.
     tolerated: T, how many sites may collude with the server without breaking masks.
+    degree: k, the neighbours that the sites agreed on; 0 for the complete graph.
     reveal: "sites" to keep the sum that it opens instead of sending it.
     weights: the sites' weights where these are public constants; read under reveal = "sites".
     """
@@ -93,6 +94,7 @@ class Expected:
     encoding: Encoding
     length: int
     tolerated: int = 0
+    degree: int = 0
     reveal: Reveal = "server"
     weights: Mapping[str, int] | None = None
 
@@ -106,6 +108,11 @@ class Expected:
         if begin.minimum < self.minimum:
             raise RefusedError(
                 f"minimum cohort {begin.minimum} is below this site's {self.minimum}"
+            )
+        if begin.degree != self.degree:
+            raise RefusedError(
+                f"the server begins a round with {begin.degree or 'all'} neighbours a site, "
+                f"{self.degree or 'all'} were agreed"
             )
         if self.identity.name not in begin.cohort:
             raise RefusedError(f"{self.identity.name} is not in the cohort")
@@ -176,6 +183,12 @@ class Cohort:
         self.roster.verify(site, signature, statement(self.context, phase, sender, *said))
 
 
+def in_turn(sites: tuple[str, ...], round_number: int) -> tuple[str, ...]:
+    """`sites` from another one on each round, so that no name decides who is asked first."""
+    first = (round_number - 1) % len(sites)
+    return sites[first:] + sites[:first]
+
+
 def statement(context: bytes, phase: str, sender: str, *said: bytes) -> bytes:
     """What a site signs: (session, round) through `context`, phase, sender, and the content."""
     return digest("statement", context, phase.encode(), sender.encode(), *said)
@@ -239,6 +252,7 @@ class Party:
                 encoding,
                 self.length,
                 tolerated,
+                k,
             )
             for site, identity in self.identities.items()
         }

@@ -21,8 +21,6 @@ The client functions below the steps serve masked-bfv too.
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -184,7 +182,7 @@ def client_step1(
 def client_step2(state: Advertised, message: bytes, randomness: Randomness) -> tuple[Shared, bytes]:
     """MaskAdvertisements -> SharedSecrets: seal shares of both secrets for each neighbour in U1."""
     shared, boxes = share(state, message, randomness)
-    return shared, shared_secrets(state, boxes, ())
+    return shared, shared_secrets(shared, boxes, ())
 
 
 def client_step3(
@@ -252,7 +250,7 @@ def share(
         context, to = _box_context(round_, mine, adverts[peer]), (peer, adverts[peer].channel)
         pair = (seeds[points[peer]], secrets[points[peer]])
         box = seal_shares(pair, state.channel, to, context, randomness)
-        boxes.append(SealedShares(me.name, peer, box))
+        boxes.append(SealedShares(me.name, peer, box, *_ids(round_, me.name, peer, pair)))
     return Shared(state, adverts, peers, seeds[points[me.name]]), tuple(boxes)
 
 
@@ -276,13 +274,31 @@ def _said(advert: MaskAdvertisement) -> tuple[bytes, bytes, bytes]:
     return advert.channel, advert.mask, advert.commitment
 
 
+def share_id(context: bytes, kind: str, owner: str, holder: str, share: Share) -> bytes:
+    """Names the share of one of `owner`'s two secrets that `holder` gets; tells nothing of it."""
+    said = (kind.encode(), owner.encode(), holder.encode(), share.reveal())
+    return digest("share", context, *said)
+
+
+_KINDS = ("seed", "secret")
+
+
+def _ids(context: bytes, owner: str, holder: str, pair: tuple[Share, Share]) -> tuple[bytes, bytes]:
+    of_seed, of_secret = pair
+    return (
+        share_id(context, "seed", owner, holder, of_seed),
+        share_id(context, "secret", owner, holder, of_secret),
+    )
+
+
 def shared_secrets(
-    state: Advertised, boxes: tuple[SealedShares, ...], seeds: tuple[SealedSeed, ...]
+    state: Shared, boxes: tuple[SealedShares, ...], seeds: tuple[SealedSeed, ...]
 ) -> bytes:
     """The signed SharedSecrets; the seeds are signed one by one already."""
-    me = state.expected.identity
-    signature = me.key.sign(statement(state.begin.context, "share", me.name, _sealed(boxes)))
-    return SharedSecrets(boxes, seeds, signature).to_bytes()
+    me, context = state.secrets.expected.identity, state.secrets.begin.context
+    kept = share_id(context, "seed", me.name, me.name, state.kept)
+    signature = me.key.sign(statement(context, "share", me.name, _sealed(boxes, kept)))
+    return SharedSecrets(boxes, kept, seeds, signature).to_bytes()
 
 
 def mask(
@@ -318,9 +334,12 @@ def unmask(state: Confirmed, message: bytes) -> bytes:
         context = _box_context(round_, adverts[peer], adverts[me])
         try:
             sender = (peer, adverts[peer].channel)
-            of_seed, of_secret = unseal_shares(sealed.box, secrets.channel, sender, context)
+            pair = unseal_shares(sealed.box, secrets.channel, sender, context)
         except ProtocolError:
             continue  # t other sites hold a share of this peer's secrets, or the round aborts
+        if _ids(round_, peer, me, pair) != (sealed.of_seed, sealed.of_secret):
+            continue  # to release a share that the peer does not own to would look like a lie
+        of_seed, of_secret = pair
         if peer in survivors:
             own.append(ReleasedShare(peer, of_seed.reveal()))
         else:
@@ -334,8 +353,9 @@ def check_quorum(state: Confirmed, confirmations: tuple[Confirmation, ...]) -> N
     """RefusedError or ProtocolError unless t of this site and its neighbours signed U3."""
     shared, listed = state.uploaded.shared, _listed(state.survivors)
     me, begin = shared.secrets.expected.identity, shared.secrets.begin
-    near = [item for item in confirmations if item.sender in {me.name, *shared.peers}]
     strangers = {item.sender for item in confirmations}.difference(state.survivors)
+    around = {me.name, *shared.peers}
+    near = [item for item in confirmations if item.sender in around]
     if strangers or len(near) < begin.threshold:
         raise RefusedError(f"{len(near)} sites confirmed the sum, {begin.threshold} are needed")
     for item in near:
@@ -354,8 +374,9 @@ def _box_context(round_: bytes, sender: MaskAdvertisement, receiver: MaskAdverti
     return digest("shares", round_, *names, sender.channel, receiver.channel)
 
 
-def _sealed(boxes: tuple[SealedShares, ...]) -> bytes:
-    return digest("sealed", *(digest("box", b.receiver.encode(), b.box) for b in boxes))
+def _sealed(boxes: tuple[SealedShares, ...], kept: bytes) -> bytes:
+    said = (digest("box", b.receiver.encode(), b.box, b.of_seed, b.of_secret) for b in boxes)
+    return digest("sealed", kept, *said)
 
 
 def _listed(survivors: tuple[str, ...]) -> bytes:
@@ -397,7 +418,8 @@ def shared(
     def parse(site: str, data: bytes) -> SharedSecrets:
         said = SharedSecrets.from_bytes(data)
         receivers = [item.receiver for item in said.shares]
-        cohort.verify("share", said.shares[0].sender, site, said.signature, _sealed(said.shares))
+        sealed = _sealed(said.shares, said.kept)
+        cohort.verify("share", said.shares[0].sender, site, said.signature, sealed)
         if tuple(receivers) != near.neighbours(site):
             raise ProtocolError(f"{site} did not seal its shares for all neighbours", [site])
         check(site, said)
@@ -443,15 +465,20 @@ def confirmed(cohort: Cohort, survivors: tuple[str, ...]) -> Part[Confirmations]
 def outstanding(
     cohort: Cohort,
     adverts: Adverts,
-    members: tuple[str, ...],
+    secrets: Mapping[str, SharedSecrets],
     survivors: tuple[str, ...],
     confirmations: Confirmations,
 ) -> Part[list[masks.Term]]:
     """Phase unmask: the masks still on the sum of `survivors`' uploads, with their signs."""
     begin, near, summed = cohort.begin, graph(cohort.begin, adverts), frozenset(survivors)
-    lost = frozenset(members) - summed
+    lost = frozenset(secrets) - summed
+    named = {
+        (box.sender, box.receiver): (box.of_seed, box.of_secret)
+        for said in secrets.values()
+        for box in said.shares
+    } | {(site, site): (said.kept, b"") for site, said in secrets.items()}
 
-    def parse(site: str, data: bytes) -> ReleasedShares:
+    def parse(site: str, data: bytes) -> dict[str, Share]:
         said = ReleasedShares.from_bytes(data)
         cohort.verify("unmask", said.sender, site, said.signature, _released(said.own, said.mask))
         around = {site, *near.neighbours(site)}
@@ -459,20 +486,34 @@ def outstanding(
             raise ProtocolError(f"{site} released seeds of sites outside the sum", [site])
         if not {s.owner for s in said.mask} <= around & lost:
             raise ProtocolError(f"{site} released secrets of sites inside the sum", [site])
-        return said
+        held = {}
+        for i, kind in enumerate(_KINDS):
+            for item in (said.own, said.mask)[i]:
+                try:
+                    share = Share.parse(item.share)
+                except ValueError as error:
+                    raise MalformedMessageError(str(error), [site]) from None
+                told = named[item.owner, site][i]
+                if share_id(cohort.context, kind, item.owner, site, share) != told:
+                    raise ProtocolError(
+                        f"{site} released a wrong share of {item.owner}'s {kind}", [site]
+                    )
+                held[item.owner] = share
+        return held
 
     signers = [item.sender for item in confirmations.items]
     requests = Requests("unmask", dict.fromkeys(signers, confirmations.to_bytes()))
     released = cohort.accept(requests, (yield requests), parse)
     cohort.require(len(released), "sites released shares", begin.threshold)
 
-    context = mask_context(begin, {site: adverts[site] for site in members})
-    held: dict[str, dict[str, bytes]] = {site: {} for site in members}
-    for releaser, said in released.items():
-        for item in (*said.own, *said.mask):
-            held[item.owner][releaser] = item.share
+    context = mask_context(begin, {site: adverts[site] for site in secrets})
+    held: dict[str, dict[int, Share]] = {site: {} for site in secrets}
+    for releaser, shares in released.items():
+        point = begin.cohort.index(releaser) + 1
+        for owner, share in shares.items():
+            held[owner][point] = share
     terms = []
-    for site in members:
+    for site in secrets:
         advert = adverts[site]
         if site in summed:
             seed = _recover(cohort, site, held[site], partial(_is_seed, advert, cohort.context))
@@ -494,46 +535,26 @@ def _is_secret(advert: MaskAdvertisement, seed: Seed) -> bool:
 
 
 def _recover(
-    cohort: Cohort, owner: str, held: Mapping[str, bytes], is_right: Callable[[Seed], bool]
+    cohort: Cohort, owner: str, held: Mapping[int, Share], is_right: Callable[[Seed], bool]
 ) -> Seed:
-    """The secret of `owner` from any t right shares; RoundAbortedError when there are none."""
-    begin = cohort.begin
-    shares: dict[int, Share] = {}
-    for releaser, data in held.items():
-        try:
-            shares[begin.cohort.index(releaser) + 1] = Share.parse(data)
-        except ValueError:
-            cohort.faults[releaser] = f"unmask: its share of {owner}'s secret is malformed"
-    for points in itertools.islice(_choices(list(shares), begin.threshold), _TRIES):
-        try:
-            seed = shamir.combine({x: shares[x] for x in points})
-        except ValueError:
-            continue
-        if is_right(seed):
-            return seed
-    suspects = [owner, *held]
-    raise RoundAbortedError(
-        f"round {begin.round}: {len(shares)} shares of {owner}'s secret do not recover it, "
-        f"{begin.threshold} right ones are needed",
-        suspects,
-    )
+    """The secret of `owner` from t shares by point; RoundAbortedError when they give none.
 
-
-_TRIES = 512  # combinations of shares tried before a round is given up
-
-
-def _choices(points: list[int], size: int) -> Iterator[tuple[int, ...]]:
-    """All sets of `size` points; first those that lie evenly spaced on a circle.
-
-    Some of these leave any one or two wrong shares out; the ordered list of all sets would keep
-    the first points in for longer than anyone tries.
+    The shares are those that `owner` itself identified, so the fault is its own.
     """
-    n = len(points)
-    for stride in range(1, n if n > size else 1):
-        if math.gcd(stride, n) == 1:
-            for start in range(n):
-                yield tuple(points[(start + i * stride) % n] for i in range(size))
-    yield from itertools.combinations(points, size)
+    least = cohort.begin.threshold
+    if len(held) >= least:
+        try:
+            seed = shamir.combine({x: held[x] for x in sorted(held)[:least]})
+        except ValueError:
+            pass
+        else:
+            if is_right(seed):
+                return seed
+    raise RoundAbortedError(
+        f"round {cohort.begin.round}: {owner} gave others shares that do not recover its secret: "
+        f"{len(held)} of them open, {least} right ones are needed",
+        [owner],
+    )
 
 
 def server(
@@ -574,11 +595,13 @@ def server(
 
     # confirm, unmask: what did not cancel is rebuilt and taken off
     confirmations = yield from confirmed(cohort, survivors)
-    members = tuple(secrets)
-    terms = yield from outstanding(cohort, adverts, members, survivors, confirmations)
+    terms = yield from outstanding(cohort, adverts, secrets, survivors, confirmations)
     total -= masks.total(terms, slots, bits)
     total &= np.uint64((1 << bits) - 1)
-    aggregate = encoding.decode(total, length, survivors, public_weight(weights, survivors))
+    try:
+        aggregate = encoding.decode(total, length, survivors, public_weight(weights, survivors))
+    except ProtocolError as error:
+        raise RoundAbortedError(f"round {begin.round}: {error}", cohort.faults) from None
     return Outcome(aggregate, cohort.faults)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,7 @@ class Client:
             module, loss, table, experiment.training, self._plan, device, person
         )
         self._round: _Round | None = None
+        self._turn = threading.Lock()  # an engine may ask twice at once
         store.bind(digest("promise", experiment.digest(), repr(self._plan).encode()).hex())
         self._replicas: Replicas | None = None
         if experiment.protocol.reveal == "sites":
@@ -106,7 +108,8 @@ class Client:
         is refused, so that a noised vector enters one upload only.
         """
         try:
-            return Answer(self._answer(Request.from_bytes(data), data)).to_bytes()
+            with self._turn:
+                return Answer(self._answer(Request.from_bytes(data), data)).to_bytes()
         except BudgetSpentError as error:
             return Refusal("budget", printable(str(error))).to_bytes()
         except ProtocolError as error:
@@ -136,6 +139,7 @@ class Client:
         current.protocol_state, reply = self._protocol.step(
             request.phase, state, request.body, slots, os.urandom
         )
+        self._store.enter(current.number)  # before anything that was said in it leaves
         if isinstance(current.protocol_state, Revealed):
             self._move(current, current.protocol_state)
             current.protocol_state = None
@@ -155,7 +159,7 @@ class Client:
 
     def _enter(self, request: Request) -> _Round:
         if request.round <= self._store.last_round:
-            raise RefusedError(f"round {request.round} was charged before: take a new number")
+            raise RefusedError(f"round {request.round} was entered before: take a new number")
         base = None
         if self._replicas is None:
             model = GlobalState.from_message(request.model, self._size)
@@ -176,6 +180,7 @@ class Client:
             encoding=self._encoding,
             length=model.surviving,
             tolerated=agreement.tolerated(self._experiment),
+            degree=self._thresholds.degree,
             reveal=self._experiment.protocol.reveal,
             weights=agreement.public_weights(self._experiment),
         )
@@ -184,7 +189,7 @@ class Client:
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
         """Train and encode when the protocol asks for the first slot, after it checked the rest."""
         if self._plan is not None:
-            if current.number <= self._store.last_round:
+            if current.number <= self._store.last_charged:
                 raise RefusedError(f"round {current.number} was charged before")
             spend = self._plan.spent(self._store.charged + 1)
             if not self._plan.affords(self._store.charged + 1):

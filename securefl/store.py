@@ -83,6 +83,7 @@ class _SiteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     charged: Annotated[int, Meta(ge=0)]
     last_round: Annotated[int, Meta(ge=0)]
     promise: str = ""
+    entered: Annotated[int, Meta(ge=0)] = 0
 
 
 class SiteStore:
@@ -136,16 +137,35 @@ class SiteStore:
         return self._record.charged
 
     @property
-    def last_round(self) -> int:
+    def last_charged(self) -> int:
         """The highest round number that was charged."""
         return self._record.last_round
 
+    @property
+    def last_round(self) -> int:
+        """The highest round number that was entered or charged."""
+        return max(self._record.entered, self._record.last_round)
+
+    def enter(self, round_number: int) -> None:
+        """Use up a round number, durably: a site that restarts takes no part in that round again.
+
+        So it signs no second list of survivors in a round, and trains for it once.
+        """
+        if round_number < self.last_round:
+            raise ValueError(f"round {round_number} does not follow round {self.last_round}")
+        if self._record.entered != round_number:
+            self._put(msgspec.structs.replace(self._record, entered=round_number))
+
     def charge(self, round_number: int) -> None:
         """Charge one round, durably, before anything that depends on it is computed."""
-        if round_number <= self.last_round:
-            raise ValueError(f"round {round_number} does not follow round {self.last_round}")
-        self._record = _SiteRecord(1, self.charged + 1, round_number, self._record.promise)
-        write(self._path, msgspec.json.encode(self._record))
+        if round_number <= self.last_charged:
+            raise ValueError(f"round {round_number} does not follow round {self.last_charged}")
+        charged = self.charged + 1
+        self._put(msgspec.structs.replace(self._record, charged=charged, last_round=round_number))
+
+    def _put(self, record: _SiteRecord) -> None:
+        write(self._path, msgspec.json.encode(record))
+        self._record = record
 
 
 class _ServerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -64,7 +64,7 @@ def _render(history: History, summary: Summary) -> str:
         odds=words.odds(spent),
         delta=words.rounded_up(summary.delta or 0.0),
         strongest=words.percent_up(words.strongest_test(spent, summary.delta or 0.0)),
-        guarantees=words.guarantees(history.experiment.protocol),
+        guarantees=words.guarantees(history.experiment.protocol, len(summary.sites)),
         figures=_figures(history, summary),
         spending=_spending(summary),
         plots=plots(history.rounds, plan.epsilon if plan else None),

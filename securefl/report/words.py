@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context
 
+from protocols.graph import SPARSE_ABOVE
 from securefl.config import Encryption
 from securefl.records import RoundRecord, Summary
 
@@ -87,11 +88,22 @@ REVEALED_TO_SITES = Guarantee(
 """masked-bfv under reveal = "sites"."""
 
 
-def guarantees(protocol: Encryption) -> Mapping[str, Guarantee]:
-    """What each protocol hides, as an experiment's own settings have it."""
+ON_A_RING = (
+    "So many sites took part that each masked with some neighbours only: this holds against a "
+    "server that follows the protocol, not against an active one."
+)
+
+
+def guarantees(protocol: Encryption, sites: int) -> Mapping[str, Guarantee]:
+    """What each protocol hides, as an experiment's own settings have it for so many sites."""
+    found = dict(GUARANTEES)
     if protocol.reveal == "sites":
-        return {**GUARANTEES, protocol.name: REVEALED_TO_SITES}
-    return GUARANTEES
+        found[protocol.name] = REVEALED_TO_SITES
+    if sites > SPARSE_ABOVE and protocol.graph == "auto":
+        for name in ("secagg", "masked-bfv"):
+            stops = found[name].stops.replace("A server, even an active one,", "A server")
+            found[name] = replace(found[name], stops=f"{stops} {ON_A_RING}")
+    return found
 
 
 def claim(summary: Summary) -> str:

@@ -96,6 +96,7 @@ class Round:
             "encoding": self.encoding,
             "length": self.length,
             "tolerated": self.tolerated,
+            "degree": self.begin.degree,
             "reveal": self.reveal,
             "weights": None if self.encoding.weight_slot else self.weights,
         }

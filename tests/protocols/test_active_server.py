@@ -243,7 +243,7 @@ class ActiveServer(RuleBasedStateMachine):
         for name in self.named(names - {site}):
             box = self.boxes.get((name, site))
             if box is None and name == self.colluder:
-                box = SealedShares(name, site, bytes(94))
+                box = SealedShares(name, site, bytes(94), bytes(32), bytes(32))
             if box is not None:
                 boxes.append(box)
         if not boxes or site not in self.shown:

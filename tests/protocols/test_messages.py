@@ -91,9 +91,12 @@ SHARES_BOX = exactly(box_bytes(66))
 def shared_secrets(draw: st.DrawFn) -> SharedSecrets:
     """What one site seals for others, with and without HE seeds."""
     sender = draw(NAMES)
-    shares = tuple(SealedShares(sender, to, draw(SHARES_BOX)) for to in draw(SORTED_NAMES))
+    shares = tuple(
+        SealedShares(sender, to, draw(SHARES_BOX), draw(exactly(32)), draw(exactly(32)))
+        for to in draw(SORTED_NAMES)
+    )
     seeds = draw(st.just(()) | sealed_seed_lists().map(lambda seeds: seeds.items))
-    return SharedSecrets(shares, seeds, draw(exactly(64)))
+    return SharedSecrets(shares, draw(exactly(32)), seeds, draw(exactly(64)))
 
 
 @st.composite
@@ -133,12 +136,12 @@ VALID: dict[type[Message], st.SearchStrategy[Any]] = {
         SORTED_NAMES,
         MASK_KEYS,
     ),
-    SealedShares: st.builds(SealedShares, NAMES, NAMES, SHARES_BOX),
+    SealedShares: st.builds(SealedShares, NAMES, NAMES, SHARES_BOX, exactly(32), exactly(32)),
     SharedSecrets: shared_secrets(),
     RelayedSecrets: st.builds(
         RelayedSecrets,
         SORTED_NAMES,
-        one_each(lambda name: SealedShares(name, "me", bytes(94))),
+        one_each(lambda name: SealedShares(name, "me", bytes(94), bytes(32), bytes(32))),
         st.just(())
         | st.tuples(
             st.builds(SealedSeed, NAMES, exactly(32), NAMES, exactly(32), BOX, exactly(64))
@@ -175,15 +178,16 @@ SAMPLES: dict[type[Message], Message] = {
     OpeningTag: OpeningTag("a", bytes(range(32)), bytes(range(64))),
     MaskAdvertisement: MASK_ADVERTS[0],
     MaskAdvertisements: MaskAdvertisements(MASK_ADVERTS),
-    SealedShares: SealedShares("a", "b", bytes(range(94))),
+    SealedShares: SealedShares("a", "b", bytes(range(94)), bytes(32), bytes(32)),
     SharedSecrets: SharedSecrets(
-        tuple(SealedShares("a", s, bytes(range(94))) for s in "bc"),
+        tuple(SealedShares("a", s, bytes(range(94)), bytes(32), bytes(32)) for s in "bc"),
+        bytes(range(32)),
         SEALED_SEEDS,
         bytes(range(64)),
     ),
     RelayedSecrets: RelayedSecrets(
         ("a", "b", "c"),
-        tuple(SealedShares(s, "a", bytes(range(94))) for s in "bc"),
+        tuple(SealedShares(s, "a", bytes(range(94)), bytes(32), bytes(32)) for s in "bc"),
         SEALED_SEEDS[:1],
     ),
     Survivors: Survivors(("a", "b", "c")),
@@ -404,7 +408,11 @@ def wired(*items: Message) -> list[Any]:
         (SharedSecrets, {"shares": wired(*[SAMPLES[SealedShares]] * 2)}),
         (
             SharedSecrets,
-            {"shares": wired(*(SealedShares(s, s + "x", bytes(94)) for s in "ab"))},
+            {
+                "shares": wired(
+                    *(SealedShares(s, s + "x", bytes(94), bytes(32), bytes(32)) for s in "ab")
+                )
+            },
         ),
         (SharedSecrets, {"seeds": wired(*SEALED_SEEDS[::-1])}),
         (RelayedSecrets, {"shares": ()}),

@@ -82,17 +82,24 @@ def test_a_client_refuses_a_ring_that_is_not_safe_for_its_own_t(
     """Whatever the server proposes: 200 sites or fewer, too few neighbours, too low a threshold."""
     game = small("secagg", sites, tolerated=T)
     begin = changed(game.begin, degree=degree, threshold=threshold, minimum=CHOSEN.minimum)
-    expected = game.expected(sites[0], tolerated=tolerated)
+    expected = game.expected(sites[0], tolerated=tolerated, degree=degree)
     with pytest.raises(RefusedError, match=r"neighbours|share with all others"):
         secagg.client_step1(expected, begin.to_bytes(), game.entropy(sites[0]))
 
 
-def test_the_ring_that_is_chosen_is_accepted_and_so_is_the_complete_graph(small: Small) -> None:
-    """The same sites."""
+def test_the_graph_that_was_agreed_is_accepted_and_no_other(small: Small) -> None:
+    """The ring where it was agreed, the complete graph where that was: the server cannot choose."""
     game = small("secagg", SITES, tolerated=T)
     m, t, _ = dataclasses.astuple(thresholds(len(SITES), T, complete=True))
-    for begin in (game.begin, changed(game.begin, minimum=m, threshold=t, degree=0)):
-        secagg.client_step1(game.expected("s000"), begin.to_bytes(), game.entropy("s000"))
+    complete = changed(game.begin, minimum=m, threshold=t, degree=0)
+    for begin in (game.begin, complete):
+        for agreed in (game.begin.degree, 0):
+            expected, randomness = game.expected("s000", degree=agreed), game.entropy("s000")
+            if begin.degree == agreed:
+                secagg.client_step1(expected, begin.to_bytes(), randomness)
+                continue
+            with pytest.raises(RefusedError, match="were agreed"):
+                secagg.client_step1(expected, begin.to_bytes(), randomness)
 
 
 def test_shares_go_to_neighbours_only_and_the_ring_depends_on_every_key(begun: Any) -> None:

@@ -310,6 +310,19 @@ def test_stored_mask_advertisement_is_signed_and_commits() -> None:
     public_key.verify(offer.signature, text)
 
 
+def test_stored_opening_tag_is_keyed_by_the_he_seed() -> None:
+    """HKDF of the seed, twice; over the contributors and the packed slots."""
+    given = vector("opening_tag")
+    context = data(given["context"])
+    told = messages.OpeningTag.from_bytes(data(given["message"]))
+    common = derived(data(given["seed"]), "opening", context)
+    names = [site.encode() for site in given["contributors"]]
+    assert told.tag == derived(common, "tag", sha("opened", *names, data(given["slots"])))
+    assert data(given["salt"]) == derived(common, "salt", b"")
+    text = sha("statement", context, b"open", told.sender.encode(), told.tag)
+    Ed25519PublicKey.from_public_bytes(data(given["public"])).verify(told.signature, text)
+
+
 def test_stored_released_shares_parse() -> None:
     """One kind of share a site."""
     given = vector("released_shares")

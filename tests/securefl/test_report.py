@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.catalogue import PROTOCOLS
-from securefl.config import ConfigurationError
+from securefl.config import ConfigurationError, Encryption
 from securefl.records import SUMMARY
 from securefl.report import words, write_report
 
@@ -327,3 +327,13 @@ def test_sizes_keep_three_digits(count: float) -> None:
     figure, unit = words.size(count).split()
     scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
     assert float(figure) * scale == pytest.approx(count, rel=0.006, abs=0.51)
+
+
+def test_above_200_sites_the_report_claims_nothing_against_an_active_server() -> None:
+    for name in ("secagg", "masked-bfv"):
+        few, many = (words.guarantees(Encryption(name=name), sites)[name] for sites in (200, 201))
+        assert words.ON_A_RING in many.stops
+        assert "even an active one" not in many.stops
+        assert few == words.GUARANTEES[name]
+        complete = Encryption(name=name, graph="complete")
+        assert words.guarantees(complete, 201)[name] == few

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from protocols import bfv_sum, masks, plain, secagg, shamir
+from protocols import bfv_sum, masked_bfv, masks, plain, secagg, shamir
 from protocols.bfv import MODULUS, SEED_BYTES, Parameters, SecretKey, Sum
 from protocols.bitpacking import pack, unpack
 from protocols.encoding import FixedPoint
@@ -32,6 +32,7 @@ from protocols.messages import (
     Confirmations,
     MaskAdvertisement,
     MaskAdvertisements,
+    OpeningTag,
     RelayedSecrets,
     ReleasedShare,
     ReleasedShares,
@@ -128,6 +129,7 @@ def known_answers() -> Vectors:
         "masks": mask_streams(),
         "mask_advertisement": mask_advertisement(),
         "released_shares": released(),
+        "opening_tag": opening_tag(),
     }
 
 
@@ -320,6 +322,25 @@ def bfv() -> dict[str, Any]:
     }
 
 
+def opening_tag() -> dict[str, Any]:
+    """A site's answer to the opening under reveal = "sites", and the salt of that round."""
+    context = bytes(range(32))
+    common = masked_bfv.opening_secret(Seed(MATERIAL), context)
+    slots = bytes(range(100))
+    tag = masked_bfv.opening_tag(common, SITES, slots)
+    key = SigningKey(lambda size: bytes(range(size)))
+    signature = key.sign(statement(context, "open", SITES[0], tag))
+    return {
+        "seed": MATERIAL.hex(),
+        "context": context.hex(),
+        "contributors": list(SITES),
+        "slots": slots.hex(),
+        "salt": common.derive("salt").hex(),
+        "public": key.public.hex(),
+        "message": OpeningTag(SITES[0], tag, signature).to_bytes().hex(),
+    }
+
+
 def bad(what: str, call: str, error: str, **given: Any) -> dict[str, Any]:
     """One negative vector."""
     return {"what": what, "call": call, "error": error, **given}
@@ -348,13 +369,18 @@ def bad_messages() -> Vectors:
     to_open = SumToOpen(SITES, confirmations, b"sum")
     offer = MaskAdvertisement.from_bytes(bytes.fromhex(mask_advertisement()["advertisement"]))
     offers = MaskAdvertisements((offer, msgspec.structs.replace(offer, sender=SITES[1])))
-    boxes = tuple(SealedShares(SITES[0], site, bytes(94)) for site in SITES[1:])
-    shared = SharedSecrets(boxes, (), bytes(64))
+    boxes = tuple(
+        SealedShares(SITES[0], site, bytes(94), bytes(32), bytes(32)) for site in SITES[1:]
+    )
+    shared = SharedSecrets(boxes, bytes(32), (), bytes(64))
     relayed = RelayedSecrets(
-        SITES, tuple(SealedShares(s, SITES[0], bytes(94)) for s in SITES[1:]), ()
+        SITES,
+        tuple(SealedShares(s, SITES[0], bytes(94), bytes(32), bytes(32)) for s in SITES[1:]),
+        (),
     )
     shares = ReleasedShares.from_bytes(bytes.fromhex(released()["bytes"]))
     survivors = Survivors(SITES)
+    told = OpeningTag.from_bytes(bytes.fromhex(opening_tag()["message"]))
     return {
         "begin_bad_unsorted_cohort": bad_message(
             "the cohort is not in order", "Begin", changed(BEGIN, cohort=SITES[::-1])
@@ -433,7 +459,13 @@ def bad_messages() -> Vectors:
         "shared_secrets_bad_two_senders": bad_message(
             "boxes in two names",
             "SharedSecrets",
-            changed(shared, shares=(boxes[0], SealedShares(SITES[1], SITES[2], bytes(94)))),
+            changed(
+                shared,
+                shares=(
+                    boxes[0],
+                    SealedShares(SITES[1], SITES[2], bytes(94), bytes(32), bytes(32)),
+                ),
+            ),
         ),
         "shared_secrets_bad_repeated_receiver": bad_message(
             "two boxes for one site", "SharedSecrets", changed(shared, shares=(boxes[0], *boxes))
@@ -480,6 +512,9 @@ def bad_messages() -> Vectors:
             "two shares of one seed from one site",
             "ReleasedShares",
             changed(shares, own=(shares.own[0], *shares.own)),
+        ),
+        "opening_tag_bad_short_tag": bad_message(
+            "31 bytes of tag", "OpeningTag", changed(told, tag=told.tag[:-1])
         ),
         "released_shares_bad_unsorted": bad_message(
             "not in order", "ReleasedShares", changed(shares, own=shares.own[::-1])
