@@ -217,7 +217,8 @@ class Client:
 def check_records(name: str, table: Table, experiment: Experiment) -> None:
     """ConfigurationError when this site's records cannot be trained on as the experiment says."""
     _weight(name, table, experiment)
-    if table.task == "classification" and len(np.unique(table.target)) < 2:
+    drawn = experiment.sites.partition != "column"
+    if drawn and table.task == "classification" and len(np.unique(table.target)) < 2:
         held = table.classes[int(table.target[0])] if len(table) else "no"
         raise ConfigurationError(
             f"{name} holds records of one class only ({held}): choose another partition, a larger "

@@ -44,7 +44,9 @@ class Data(Section):
     """Where the records come from and what is publicly known about them.
 
     `ranges` and `default_range` scale every feature linearly onto [-1, 1]; they are declared,
-    never fitted, so that scaling reads no private record.
+    never fitted, so that scaling reads no private record. `test_column` names a column in which
+    "test" marks the records held out; without it `test_fraction` of them are drawn. `person` names
+    the column that says whose a record is.
     """
 
     source: Literal["breast-cancer", "digits", "diabetes", "table", "heart-disease"] | Callable_ = (
@@ -57,6 +59,7 @@ class Data(Section):
     classes: tuple[str, ...] | None = None
     drop: tuple[str, ...] = ()
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_column: str | None = None
     default_range: Range | None = None
     ranges: Mapping[str, Range] = {}
     target_range: Range | None = None

@@ -30,7 +30,10 @@ def assemble(experiment: Experiment) -> Consortium:
     """Load, hold out and divide the records as the experiment says, from its public seed."""
     table = data.load(experiment.data)
     by = experiment.sites.column if experiment.sites.partition == "column" else None
-    train, test = data.split(table, experiment.data.test_fraction, experiment.seed, by)
+    if experiment.data.test_column is not None:
+        train, test = data.declared_split(table, experiment.data.test_column)
+    else:
+        train, test = data.split(table, experiment.data.test_fraction, experiment.seed, by)
     sites = data.partition(train, experiment.sites, experiment.seed)
     agreement.thresholds(experiment, len(sites))
     module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)

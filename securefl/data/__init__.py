@@ -3,8 +3,8 @@
 Nothing here is fitted on the rows: features are scaled by ranges declared in the experiment.
 """
 
-from securefl.data.partitions import partition, split
+from securefl.data.partitions import declared_split, partition, split
 from securefl.data.sources import load
 from securefl.data.tables import Table
 
-__all__ = ["Table", "load", "partition", "split"]
+__all__ = ["Table", "declared_split", "load", "partition", "split"]

@@ -42,24 +42,44 @@ def split(table: Table, fraction: float, seed: int, by: str | None = None) -> tu
     return table.take(~held_out), table.take(held_out)
 
 
+def declared_split(table: Table, column: str) -> tuple[Table, Table]:
+    """The records for training, and those that `column` marks "test". Both keep their order.
+
+    Raises ConfigurationError where the table has no such column, or a part would be empty.
+    """
+    if column not in table.groups:
+        raise ConfigurationError(
+            f"data.test_column = {column!r} is not a column of the data{near(column, table.groups)}"
+        )
+    held_out = table.groups[column] == "test"
+    if held_out.all() or not held_out.any():
+        raise ConfigurationError(
+            f"data.test_column = {column!r} marks {int(held_out.sum())} of {len(table)} records "
+            '"test": some must be, and some not'
+        )
+    return table.take(~held_out), table.take(held_out)
+
+
 def partition(table: Table, sites: Sites, seed: int) -> dict[str, Table]:
     """The records dealt out to sites: site name -> its records, in the order of the sites.
 
     "iid" deals rows out evenly at random; "dirichlet" draws for every class the shares of the
     sites from Dir(alpha) (Hsu, Qi and Brown 2019: a smaller alpha skews more); "column" makes
-    one site of each value of a group column. A random partition that leaves a site without
-    records, or a classifier's site with one class only, is redrawn, at most `TRIES` times.
+    one site of each value of a group column, whatever it holds. A random partition that leaves a
+    site without records, or a classifier's site with one class only, is redrawn, at most `TRIES`
+    times.
 
-    Raises ConfigurationError when there are fewer than two sites, more sites than records, or a
-    site would still be left without records or with one class only.
+    Raises ConfigurationError when there are fewer than two sites, more sites than records, a site
+    would be left without records, or a random partition would still leave one with one class only.
     """
     if sites.partition == "column":
         parts = _by_column(table, sites)
-        fault = _fault(table, parts)
-        if fault:
-            raise ConfigurationError(
-                f"sites.column = {sites.column!r}: {fault}: merge it with another site in the data"
-            )
+        for name, rows in parts.items():
+            if len(rows) == 0:
+                raise ConfigurationError(
+                    f"sites.column = {sites.column!r}: site {name!r} is left without records: "
+                    "leave it out of sites.names"
+                )
         return {name: table.take(rows) for name, rows in parts.items()}
 
     names = sites.names or tuple(f"site-{i + 1}" for i in range(sites.count or 0))

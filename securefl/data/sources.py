@@ -6,7 +6,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
 
 from securefl.config import ConfigurationError, Data
 from securefl.data.tables import Table, from_frames
@@ -213,7 +216,8 @@ def _heart_disease(data: Data) -> Table:
     """UCI Heart Disease as FLamby prepares it (Ogier du Terrail et al. 2022, arXiv 2210.04620).
 
     13 features: three columns are left out, then records with a missing value, and chest pain
-    and resting ECG are one-hot without their first category. Four groups by hospital.
+    and resting ECG are one-hot without their first category. Four groups by hospital; the group
+    column "flamby" says which records FLamby trains on and which it tests on.
     """
     assert data.path is not None  # noqa: S101 (Data holds this)
     frames = {}
@@ -242,9 +246,18 @@ def _heart_disease(data: Data) -> Table:
                 frame[f"{name}_{category}"] = frame[name] == category
             frame = frame.drop(columns=name)
         frame["disease"] = (frame["disease"] > 0).map({False: "absent", True: "present"})
+        frame["flamby"] = _flamby_split(frame["disease"], stratified=hospital != "switzerland")
         frames[str(path)] = frame.assign(hospital=hospital)
     declared = _default(data, classes=("absent", "present"))
-    return from_frames(frames, "disease", declared, groups=("hospital",))
+    return from_frames(frames, "disease", declared, groups=("hospital", "flamby"))
+
+
+def _flamby_split(disease: pd.Series[str], stratified: bool) -> NDArray[np.str_]:
+    """ "train" or "test" for each record of a hospital, as FLamby divides them: 66 to 34."""
+    rows = np.arange(len(disease))
+    labels = disease if stratified else None
+    _, test = train_test_split(rows, test_size=0.34, random_state=43, stratify=labels)
+    return np.where(np.isin(rows, test), "test", "train")
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigurationError:

@@ -138,9 +138,10 @@ def from_frames(
 ) -> Table:
     """The records of `frames` (where they come from -> rows), one below the other.
 
-    Every column is a feature but `label`, `groups`, `data.drop` and `data.person`; all but the
-    label become the table's groups. `shape` folds the features of one record. Checks every value
-    and raises ConfigurationError naming the place, the column, the row and the value.
+    Every column is a feature but `label`, `groups`, `data.drop`, `data.person` and
+    `data.test_column`; all but the label become the table's groups. `shape` folds the features of
+    one record. Checks every value and raises ConfigurationError naming the place, the column, the
+    row and the value.
     """
     first = next(iter(frames))
     columns = [str(name) for name in frames[first].columns]
@@ -159,13 +160,15 @@ def from_frames(
             )
         if name == label:
             raise ConfigurationError(f"data.drop lists the label {label!r}: keep it")
-    if data.person is not None and data.person not in (*columns, *groups):
-        raise ConfigurationError(
-            f"{first} has no column {data.person!r} (data.person){near(data.person, columns)}"
-        )
-    if data.person == label:
-        raise ConfigurationError(f"data.person names the label {label!r}: name another column")
-    others = (*data.drop, *([data.person] if data.person else []))
+    told = {"person": data.person, "test_column": data.test_column}
+    for key, named in told.items():
+        if named is not None and named not in (*columns, *groups):
+            raise ConfigurationError(
+                f"{first} has no column {named!r} (data.{key}){near(named, columns)}"
+            )
+        if named == label:
+            raise ConfigurationError(f"data.{key} names the label {label!r}: name another column")
+    others = (*data.drop, *(named for named in told.values() if named is not None))
     aside = list(dict.fromkeys([*groups, *others]))
     names = tuple(name for name in columns if name != label and name not in aside)
     if not names:

@@ -147,13 +147,20 @@ def test_a_column_makes_one_site_of_each_value():
         (["a", "a", "a", "a"], {}, "1 site: an aggregate of one site hides nothing"),
         (["a", "a", "", "b"], {}, "row 3: '' names no site"),
         (["x y", "x y", "x/y", "x/y"], {}, "two values make the site name 'x-y'"),
-        (["a", "b", "a", "a"], {}, "site 'b' has one class only, 'class 1': merge it"),
     ],
 )
 def test_a_column_that_makes_no_fair_sites_is_refused(ward, keys, message):
     sites = Sites(**({"partition": "column", "column": "ward"} | keys))
     with pytest.raises(ConfigurationError, match=message):
         partition(table([0, 1, 0, 1], ward=ward), sites, 0)
+
+
+def test_a_site_of_a_column_may_hold_one_class_only():
+    """Real hospitals do; only random partitions are redrawn."""
+    parts = partition(
+        table([0, 1, 0, 0], ward=["a", "b", "a", "a"]), Sites(partition="column", column="ward"), 0
+    )
+    assert [len(part) for part in parts.values()] == [3, 1]
 
 
 def test_one_site_is_refused():
