@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.resources
 import shlex
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from securefl.privacy.preview import Preview
     from securefl.records import History, RoundRecord, Summary
     from securefl.runs import Progress, Run
 
@@ -199,6 +200,54 @@ def show(
             console.print(line, markup=False, soft_wrap=True)
     if rounds:
         console.print(_rounds_table(rounds))
+
+
+privacy = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Plan what a run may cost.")
+app.add_typer(privacy, name="privacy")
+
+
+@privacy.callback()
+def _privacy() -> None:
+    """Plan what a run may cost."""
+
+
+@privacy.command()
+def plan(
+    epsilon: Annotated[float, typer.Option(help="What the whole run may cost.")],
+    records: Annotated[int, typer.Option(min=1, help="Training records of all sites, about.")],
+    sites: Annotated[int, typer.Option(min=2, help="How many sites take part.")],
+    parameters: Annotated[int, typer.Option(min=1, help="Parameters of the model.")],
+    delta: Annotated[float, typer.Option(help="Below one over the records.")] = 1e-5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of one step.")] = 100,
+    rate: Annotated[float, typer.Option(help="Share of the records that a step samples.")] = 0.1,
+    settings: Settings = None,
+    output: OutputFormat = Format.text,
+) -> None:
+    """What noise, bytes and epsilon a target comes to, before anyone trains.
+
+    Local noise (each site's is enough by itself) beside distributed noise (only the sum's is).
+    """
+    from securefl.privacy.preview import preview
+
+    found = {}
+    for noise, batch in (("local", rate * records / sites), ("distributed", rate * records)):
+        values = (
+            ("rounds", rounds),
+            ("sites.count", sites),
+            ("privacy.noise", noise),
+            ("privacy.epsilon", epsilon),
+            ("privacy.delta", delta),
+            ("privacy.rate", rate),
+            ("privacy.expected_batch", max(1, round(batch))),
+        )
+        chosen = [*(f"{key}={value}" for key, value in values), *(settings or ())]
+        found[noise] = preview(config.parse("", chosen, origin="plan"), sites, parameters)
+    if output is Format.json:
+        _print_json({noise: _told_plan(item) for noise, item in found.items()})
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(_plan_table(found))
 
 
 def join(target: typer.Typer, entries: Iterable[importlib.metadata.EntryPoint]) -> None:
@@ -406,6 +455,36 @@ def _summary_table(summary: Summary) -> Table:
     if summary.outside_guarantee:
         table.add_section()
         table.add_row("not covered", Text("\n".join(summary.outside_guarantee)))
+    return table
+
+
+def _told_plan(item: Preview) -> dict[str, object]:
+    spent = {who.name.lower(): value for who, value in item.epsilon.items()}
+    return {**{key: getattr(item, key) for key in _PLANNED}, "epsilon": spent}
+
+
+_PLANNED = {
+    "noise_multiplier": "noise, over what one record moves",
+    "signal_to_noise": "signal to noise of a round",
+    "field_bits": "bits of a coordinate of the sum",
+    "bytes_up": "bytes up, a parameter and round",
+}
+
+
+def _plan_table(found: Mapping[str, Preview]) -> Table:
+    from rich.table import Table
+
+    from securefl.report import words
+
+    table = Table()
+    table.add_column("")
+    for noise in found:
+        table.add_column(f"{noise} noise", justify="right")
+    for key, title in _PLANNED.items():
+        table.add_row(title, *(f"{getattr(item, key):.4g}" for item in found.values()))
+    for who in next(iter(found.values())).epsilon:
+        spent = (words.rounded_up(item.epsilon[who]) for item in found.values())
+        table.add_row(f"epsilon against {who.value}", *spent)
     return table
 
 

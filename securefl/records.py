@@ -138,6 +138,8 @@ class Summary(_Record, frozen=True):
     outside_guarantee: tuple[str, ...]
     """Sentences: what was read from private or held-out records outside the plan."""
     version: str
+    epsilon_public: float | None = None
+    """Against whoever sees only the released models, where that is another figure."""
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.parameters < 1:

@@ -29,6 +29,7 @@ from securefl.config import ConfigurationError, Experiment
 from securefl.engines import Exchange, inprocess
 from securefl.engines.workers import WorkerFailedError, Workers
 from securefl.evaluation import evaluate
+from securefl.privacy.plan import Observer, RecordLocal
 from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary, read_history
 from securefl.replicas import Replica, Standing
 from securefl.server import BudgetsSpentError, Round, Server
@@ -388,6 +389,12 @@ class _Job:
             return {}
         return {site: self.plan.spent(count) for site, count in self._charged(folder).items()}
 
+    def _spent_publicly(self, folder: Path) -> float | None:
+        """Epsilon against whoever sees only the models, where noise is distributed."""
+        if self.plan is None or isinstance(self.plan, RecordLocal):
+            return None
+        return self.plan.spent(max(self._charged(folder).values()), Observer.PUBLIC)
+
     def _save(self, folder: Path, state: Known, record: RoundRecord) -> None:
         """Make a round durable: first the checkpoint, which is what a resumed run starts from."""
         checkpoints, line = folder / "checkpoints", record.to_json()
@@ -472,6 +479,7 @@ class _Job:
             private=why_not is None,
             why_not_private=why_not,
             epsilon=self._spent(folder),
+            epsilon_public=self._spent_publicly(folder),
             delta=plan.delta if plan else None,
             adjacency=plan.adjacency if plan else None,
             accountant=plan.cost(max(self._charged(folder).values())).accountant if plan else None,

@@ -61,6 +61,12 @@ def _render(history: History, summary: Summary) -> str:
         experiment=history.experiment,
         claim=words.claim(summary),
         local_noise=plan is not None and plan.noise == "local",
+        unit=plan.unit if plan is not None else None,
+        unit_more="site's updates or none"
+        if plan is not None and plan.unit == "site"
+        else f"{plan.unit if plan is not None else 'record'} more or less at a site",
+        tolerated=history.experiment.protocol.colluding_sites,
+        public=words.rounded_up(summary.epsilon_public or 0.0),
         odds=words.odds(spent),
         delta=words.rounded_up(summary.delta or 0.0),
         strongest=words.percent_up(words.strongest_test(spent, summary.delta or 0.0)),

@@ -1,0 +1,70 @@
+"""What a plan would cost and carry, before anyone trains: from public numbers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from protocols.bfv import Parameters
+from protocols.encoding import Encoding
+from securefl import agreement
+from securefl.config import ConfigurationError, Experiment
+from securefl.privacy.plan import Observer, Plan, RecordLocal
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One plan for a number of sites and of model parameters.
+
+    noise_multiplier: of the noise that the adversary does not know, over what is protected.
+    signal_to_noise: an expected batch of clipped gradients, all alike (or all sites' updates), over
+        the norm of all noise in one round: below 1 little is learned in a round.
+    field_bits: bits of one coordinate of the sum; bytes_up: of an upload, a parameter.
+    """
+
+    noise_multiplier: float
+    signal_to_noise: float
+    field_bits: int
+    bytes_up: float
+    epsilon: Mapping[Observer, float]
+
+
+def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
+    """The plan of `experiment` for `sites` sites and a model of `parameters` parameters.
+
+    Raises ConfigurationError where the experiment has no plan, or none is reachable.
+    """
+    plan = agreement.plan(experiment, sites, parameters)
+    if plan is None:
+        raise ConfigurationError("there is no [privacy] section: add one to plan for")
+    encoding = agreement.encoding(experiment, sites, plan)
+    return Preview(
+        noise_multiplier=_multiplier(plan),
+        signal_to_noise=_signal_to_noise(plan, sites, parameters),
+        field_bits=encoding.field_bits,
+        bytes_up=_upload_bytes(experiment, encoding, sites, parameters) / parameters,
+        epsilon={who: plan.spent(experiment.rounds, who) for who in Observer},
+    )
+
+
+def _multiplier(plan: Plan) -> float:
+    if isinstance(plan, RecordLocal):
+        return plan.noise_multiplier
+    hidden = plan.cohort.shares(Observer.OTHERS)
+    return math.sqrt(hidden) * plan.deviation / plan.sensitivity
+
+
+def _signal_to_noise(plan: Plan, sites: int, parameters: int) -> float:
+    if isinstance(plan, RecordLocal):  # every site's batch has noise of its own
+        return math.sqrt(sites / parameters) * plan.expected_batch / plan.noise_multiplier
+    return plan.signal_to_noise
+
+
+def _upload_bytes(experiment: Experiment, encoding: Encoding, sites: int, parameters: int) -> int:
+    slots = encoding.slots(parameters)
+    if experiment.protocol.name in ("plain", "secagg"):
+        return -(-slots * encoding.plain_bits // 8)
+    return Parameters(encoding.plain_bits, sites).upload_bytes(slots)
