@@ -448,14 +448,19 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.barh(at + 0.2, [row.peer for row in shown], 0.38, label=peer, color="#bbb")
         for i, row in enumerate(shown):
             axes.text(max(row.value, row.peer or 0) * 1.05, i, f"{row.ratio:.1f}x", va="center")
-        axes.set_yticks(at, [row.name for row in shown])
+        axes.set_yticks(at, [_short(row.name) for row in shown])
         axes.set_xscale("log")
         axes.margins(x=0.2)
         axes.invert_yaxis()
         axes.set_xlabel("seconds (logarithmic)")
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
+
+
+def _short(name: str) -> str:
+    """A row's name without what all rows of a panel share."""
+    return name.replace(", 0 gone, 1,000,000 parameters", "").split(", from float")[0]
 
 
 def main() -> None:
