@@ -125,13 +125,14 @@ def thresholds(experiment: Experiment, cohort: int) -> Thresholds:
     if chosen.minimum > cohort:
         raise ConfigurationError(
             f"{cohort} site{'s' if cohort > 1 else ''} cannot reach "
-            f"protocol.minimum_cohort = {chosen.minimum}: the sum of one site is that site's update"
+            f"protocol.minimum_cohort = {chosen.minimum}: "
+            + (f"use at most {cohort}" if cohort > 1 else "the sum of one site is its update")
         )
     if protocol.openers > chosen.minimum:
         raise ConfigurationError(
-            f"protocol.openers = {protocol.openers} but a sum may count no more than "
-            f"{chosen.minimum} sites: use at most {chosen.minimum}, or raise "
-            "protocol.minimum_cohort"
+            f"protocol.openers = {protocol.openers}, but a sum may count as few as "
+            f"{chosen.minimum} of {cohort} sites: use at most {chosen.minimum}"
+            + (", or raise protocol.minimum_cohort" if protocol.openers <= cohort else "")
         )
     return chosen
 

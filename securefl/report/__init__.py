@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jinja2
 
+from protocols.catalogue import PROTOCOLS
+from securefl import agreement
 from securefl.config import ConfigurationError
 from securefl.records import REPORT, SUMMARY, History, Summary, read_history
 from securefl.report import words
@@ -98,7 +100,21 @@ def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
         ("Uploaded, whole run", words.size(summary.bytes_up_total)),
         ("Time in rounds", words.duration(sum(summary.seconds.values()))),
         ("Aggregation protocol", summary.protocol),
+        *_thresholds(history, len(summary.sites)),
         ("securefl version", summary.version),
+    ]
+
+
+def _thresholds(history: History, sites: int) -> Sequence[tuple[str, str]]:
+    """Who may collude, who must be in a sum, and how many may vanish, where masks hide updates."""
+    experiment = history.experiment
+    if not PROTOCOLS[experiment.protocol.name].masked:
+        return []
+    agreed = agreement.thresholds(experiment, sites)
+    return [
+        ("May collude with the server", f"{experiment.protocol.colluding_sites} of {sites} sites"),
+        ("A sum counts at least", f"{agreed.minimum} sites"),
+        ("May vanish from a round", f"{sites - agreed.minimum} sites"),
     ]
 
 

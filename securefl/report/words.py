@@ -52,7 +52,8 @@ GUARANTEES: Mapping[str, Guarantee] = {
         stops="A server that follows the protocol, reads all it gets, and colludes with no site. "
         "The sum is exact.",
         fails="A site that colludes with the server: every site holds the same key, "
-        "so together they can open any single update.",
+        "so together they can open any single update. An active server: it can have a site open a "
+        "sum of its choice, and the sum it announces has no integrity.",
     ),
     "secagg": Guarantee(
         layers="integer encoding, masks",
@@ -61,7 +62,8 @@ GUARANTEES: Mapping[str, Guarantee] = {
         stops="A server, even an active one, with up to the tolerated number of colluding sites: "
         "they learn the sum over the other sites, and nothing else of an update.",
         fails="What the sum itself tells (differential privacy is for that); sums over different "
-        "sites in different rounds can be subtracted.",
+        "sites in different rounds can be subtracted. Against an active server the sum has no "
+        "integrity.",
     ),
     "masked-bfv": Guarantee(
         layers="integer encoding, masks, BFV encryption",
@@ -70,7 +72,7 @@ GUARANTEES: Mapping[str, Guarantee] = {
         "left; a site opened the sum, once a round. No single secret opens an update.",
         stops="As secagg. A leaked encryption key opens sums only, broken masks leave the "
         "encryption, and the server opens nothing by itself.",
-        fails="As secagg; and against an active server the sum has no integrity.",
+        fails="As secagg; and the site that opens can announce another sum.",
     ),
 }
 
@@ -81,16 +83,17 @@ REVEALED_TO_SITES = Guarantee(
     "The server added ciphertexts; enough sites together took off the masks that were left; every "
     "site opened the sum and kept it, and moved its own copy of the model. The server saw neither "
     "a sum nor the model.",
-    stops="As masked-bfv; and a server that colludes with no site learns of sums and model only "
-    "how many weights survive pruning, when training converged, who took part, sizes and times.",
-    fails="As masked-bfv; one site that colludes with the server shows it the sums and the model.",
+    stops=f"{GUARANTEES['masked-bfv'].stops} A server that colludes with no site learns of sums "
+    "and model only how many weights survive pruning, when training converged, who took part, "
+    "sizes and times.",
+    fails="As secagg; and one site that colludes with the server shows it the sums and the model.",
 )
 """masked-bfv under reveal = "sites"."""
 
 
 ON_A_RING = (
-    "So many sites took part that each masked with some neighbours only: this holds against a "
-    "server that follows the protocol, not against an active one."
+    "So many sites took part that each masked with some neighbours only: what the masks promise "
+    "holds against a server that follows the protocol, not against an active one."
 )
 
 
@@ -99,10 +102,25 @@ def guarantees(protocol: Encryption, sites: int) -> Mapping[str, Guarantee]:
     found = dict(GUARANTEES)
     if protocol.reveal == "sites":
         found[protocol.name] = REVEALED_TO_SITES
+    if protocol.openers > 1:
+        used, count = found[protocol.name], protocol.openers
+        found[protocol.name] = replace(
+            used,
+            story=used.story.replace(", by a site, once a round", f", by {count} sites").replace(
+                "a site opened the sum, once a round", f"{count} sites opened the sum"
+            )
+            + f" Each of the {count} opened it by itself, and all had to agree on every bit.",
+            fails=used.fails.replace(
+                "the site that opens can announce", f"all {count} sites that open can announce"
+            ),
+        )
     if sites > SPARSE_ABOVE and protocol.graph == "auto":
         for name in ("secagg", "masked-bfv"):
-            stops = found[name].stops.replace("A server, even an active one,", "A server")
-            found[name] = replace(found[name], stops=f"{stops} {ON_A_RING}")
+            one = found[name]
+            stops = one.stops.replace("A server, even an active one,", "A server")
+            found[name] = replace(
+                one, story=f"{one.story} {ON_A_RING}", stops=f"{stops} {ON_A_RING}"
+            )
     return found
 
 
