@@ -907,7 +907,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
     assert kills >= 3
     finished_well(folder, whole, 6)
     history = read_history(folder)
-    plan = simulation.plan(seeded)
+    plan = simulation.assemble(seeded).plan
     charged = {site: SiteStore(folder / "sites" / site).charged for site in history.summary.sites}
     if not workers:  # whose vectors are computed elsewhere
         assert sum(charged.values()) >= log.stat().st_size  # no vector without its charge

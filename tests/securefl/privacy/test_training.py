@@ -13,15 +13,15 @@ from scipy import stats
 from securefl import config, models
 from securefl.data import Table
 from securefl.privacy.plan import RecordLocal
-from securefl.privacy.training import Trainer, gaussian
+from securefl.privacy.training import Trainer
 
 CPU = torch.device("cpu")
-SILENT = 1e-12
+SILENT = 1e-6
 """A noise multiplier that leaves the gradients visible."""
 
 
 def plan(noise: float = SILENT, rate: float = 1.0, batch: int = 8, clip: float = 1.0):
-    return RecordLocal(1e9, 1e-3, clip, rate, batch, noise, 1)
+    return RecordLocal(1e9, 1e-3, clip, rate, batch, noise, 1, dimension=1000)
 
 
 def table(features, target) -> Table:
@@ -125,9 +125,10 @@ def test_the_divisor_is_the_expected_batch_and_not_the_number_of_records(randomn
     x, y = rng.normal(size=(10, 3)), rng.normal(size=10)
     once = update(table(x, y), plan(batch=16), randomness("a"))
     twice = update(table(np.vstack([x, x]), np.append(y, y)), plan(batch=16), randomness("a"))
-    np.testing.assert_allclose(twice, 2 * once, rtol=1e-4, atol=1e-7)
+    # Weights are float32, and the least noise that there is has deviation 1e-6 / 16.
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-4, atol=1e-6)
     wider = update(table(x, y), plan(batch=32), randomness("a"))
-    np.testing.assert_allclose(wider, once / 2, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(wider, once / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_batch_size_is_not_read_under_a_plan(randomness):
@@ -163,14 +164,6 @@ def test_every_local_step_adds_its_own_noise(randomness):
     model = {"name": "mlp", "hidden": (128,)}
     given = update(random_table(30, 40), private, randomness("n"), model, local_steps=9)
     assert given.std() == pytest.approx(3 / 8, rel=0.05)
-
-
-def test_the_normal_draws_are_standard_and_finite(randomness):
-    from protocols.keystream import Keystream, Seed
-
-    drawn = gaussian(Keystream(Seed(bytes(32)), "test"), 200_000)
-    assert np.isfinite(drawn).all()
-    assert stats.kstest(drawn, "norm").pvalue > 1e-3
 
 
 @pytest.mark.parametrize("model", [{"name": "linear"}, {"name": "mlp"}, {"name": "cnn"}])
@@ -218,7 +211,7 @@ def test_samples_are_poisson_at_the_public_rate(randomness):
     weights = np.zeros_like(weights)
     mask = np.ones(len(weights), np.bool_)
     drawn = np.array(
-        [made.update(weights, mask, randomness(f"call {i}"))[:rows] > 1e-6 for i in range(calls)]
+        [made.update(weights, mask, randomness(f"call {i}"))[:rows] > 1e-3 for i in range(calls)]
     )
     total = rows * calls
     spread = math.sqrt(rate * (1 - rate) / total)
@@ -234,7 +227,7 @@ def test_the_steps_of_one_update_draw_new_samples(randomness):
     records = table(np.eye(rows), np.ones(rows))
     made, weights = trainer(records, plan(rate=0.3, clip=100.0), local_steps=2)
     mask = np.ones(len(weights), np.bool_)
-    moved = np.abs(made.update(np.zeros_like(weights), mask, randomness("steps"))[:rows]) > 1e-6
+    moved = np.abs(made.update(np.zeros_like(weights), mask, randomness("steps"))[:rows]) > 1e-3
     assert moved.mean() == pytest.approx(1 - 0.7**2, abs=0.12)  # one sample twice would give 0.3
 
 
