@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -300,6 +301,36 @@ def test_a_site_with_fewer_records_than_the_expected_batch_takes_part(trial):
     """The batch is of all sites together: what a site holds is not compared with anything."""
     consortium = simulation.assemble(trial("record"))
     assert min(map(len, consortium.sites.values())) < 48
+
+
+@pytest.mark.parametrize(
+    ("people", "telling"),
+    [(None, "has no column 'patient'"), ("", "has records without a patient")],
+)
+def test_a_site_that_cannot_tell_its_people_apart_is_refused(trial, bench, people, telling):
+    """Rows of unknown people would be clipped as if they were one person's."""
+    made = bench(trial("person"))
+    table = made.tables["east"]
+    groups = {name: column for name, column in table.groups.items() if name != "patient"}
+    if people is not None:
+        groups["patient"] = np.append(table.groups["patient"][:-1], people)
+    made.clients.pop("east").close()
+    made.tables = {**made.tables, "east": dataclasses.replace(table, groups=groups)}
+    with pytest.raises(ConfigurationError, match=f"^east {telling}") as caught:
+        made.client("east")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("unit", ["record", "person"])
+def test_local_noise_needs_an_expected_batch_of_what_is_protected(trial, unit):
+    """The clinics have more than 20 records each, and at most 20 patients."""
+    local = ("privacy.noise=local", "privacy.expected_batch=20", "privacy.epsilon=20.0")
+    experiment = trial(unit, *local, "protocol.name=plain")
+    if unit == "record":
+        assert simulation.assemble(experiment).plan.unit == "record"
+    else:
+        with pytest.raises(ConfigurationError, match=r"fewer people than .*expected_batch = 20"):
+            simulation.assemble(experiment)
 
 
 @UNITS

@@ -10,7 +10,6 @@ from securefl import agreement, simulation
 from securefl.config import ConfigurationError, Privacy, parse
 from securefl.privacy.plan import RecordLocal
 
-
 DIMENSION = 1000
 
 
