@@ -229,6 +229,10 @@ def check_records(name: str, table: Table, experiment: Experiment) -> None:
         raise ConfigurationError(
             f'{name} has no column {person!r} (data.person), which privacy.unit = "person" needs'
         )
+    if person is not None and (table.groups[person] == "").any():
+        raise ConfigurationError(
+            f"{name} has records without a {person} (data.person): fill it in or leave them out"
+        )
     if isinstance(privacy, config.Privacy) and privacy.noise == "local":
         count, kind = len(table), "records"
         if person is not None:

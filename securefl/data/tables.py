@@ -168,6 +168,12 @@ def from_frames(
             )
         if named == label:
             raise ConfigurationError(f"data.{key} names the label {label!r}: name another column")
+    if data.person in columns:
+        # Rows of unknown people would be taken for one person, who is none of them.
+        for origin, frame in frames.items():
+            unknown = np.flatnonzero(_text(frame[data.person]) == "")
+            if unknown.size:
+                raise _missing(origin, data.person, int(unknown[0]))
     others = (*data.drop, *(named for named in told.values() if named is not None))
     aside = list(dict.fromkeys([*groups, *others]))
     names = tuple(name for name in columns if name != label and name not in aside)

@@ -93,12 +93,13 @@ class Bench:
 
     def __init__(self, experiment: Experiment, folder: Path) -> None:
         self.experiment, self.folder = experiment, folder
-        self.tables: Mapping[str, Table] = simulation.assemble(experiment).sites
+        consortium = simulation.assemble(experiment)
+        self.tables: Mapping[str, Table] = consortium.sites
         self.identities: Mapping[str, Identity] = make_identities(
             self.tables, stream("identities").bytes
         )
         self.roster = next(iter(self.identities.values())).roster
-        self.encoding = agreement.encoding(experiment, len(self.roster))
+        self.encoding = agreement.encoding(experiment, len(self.roster), consortium.plan)
         self.clients = {name: self.client(name) for name in self.tables}
         table = next(iter(self.tables.values()))
         module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from securefl.config import ConfigurationError, Experiment, load, parse
 
 PLAN = "[privacy]\nepsilon = 1.0\ndelta = 1e-3\nrate = 0.1\nexpected_batch = 8\n"
+SHARED = PLAN + 'noise = "distributed"\n'
+SITE = '[privacy]\nunit = "site"\nepsilon = 1.0\ndelta = 1e-3\n'
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,27 @@ PLAN = "[privacy]\nepsilon = 1.0\ndelta = 1e-3\nrate = 0.1\nexpected_batch = 8\n
         (PLAN.replace("1e-3", "1.0"), ["privacy.delta = 1.0", "less than 1"]),
         (PLAN.replace("rate = 0.1", "rate = 1.5"), ["privacy.rate = 1.5", "less than or equal"]),
         ("[privacy]\nepsilon = 1.0", ["privacy.delta is missing"]),
-        (PLAN + 'unit = "site"', ["privacy.unit = 'site'", "record"]),
-        (PLAN + 'noise = "distributed"', ["privacy.noise = 'distributed'", "local"]),
+        (PLAN + 'unit = "ward"', ["privacy.unit = 'ward'", "record", "person"]),
+        (PLAN + 'noise = "none"', ["privacy.noise = 'none'", "local", "distributed"]),
+        (PLAN + "signal = 3.0", ["privacy", "signal", 'noise = "distributed"']),
+        (SHARED + "signal = 0", ["privacy.signal = 0", "greater than 0"]),
+        (PLAN + 'unit = "person"', ['privacy.unit = "person"', 'data.person = "COLUMN"']),
+        (SITE + "rate = 0.5", ["no key 'privacy.rate'", "the keys here are", "clip"]),
+        (SITE + "expected_batch = 8", ["no key 'privacy.expected_batch'"]),
+        (SITE + "epsilom = 8", ["no key 'privacy.epsilom'", "'privacy.epsilon'"]),
+        (SITE + 'noise = "local"', ["privacy.noise = 'local'", "distributed"]),
+        (SITE.replace("epsilon = 1.0\n", ""), ["privacy.epsilon is missing"]),
+        (SHARED + "[training]\nlocal_steps = 2", ["training.local_steps = 2", "one step"]),
+        (
+            SHARED + '[aggregation]\nweighting = "declared"\nweights = {a = 1}',
+            ['privacy.noise = "distributed"', 'weighting = "uniform"'],
+        ),
+        (
+            SITE + '[aggregation]\nweighting = "records"\nweight_cap = 9',
+            ["aggregation.weighting", "uniform"],
+        ),
+        ("[aggregation]\naverage_from = 0", ["aggregation.average_from = 0", "equal to 1"]),
+        ("[aggregation]\nmomentum = 1.0", ["aggregation.momentum = 1.0", "less than 1"]),
         ('[protocol]\nname = "rsa"', ["protocol.name = 'rsa'", "plain", "bfv"]),
         ("[protocol]\nbits = 64", ["protocol.bits = 64", "less than or equal to 24"]),
         ("[protocol]\nminimum_cohort = 1", ["protocol.minimum_cohort = 1", "equal to 2"]),
@@ -152,6 +173,55 @@ def test_nothing_is_private_without_a_plan_or_with_a_test_seed():
     assert not Experiment().private
     assert parse(PLAN).private
     assert not parse("not_private_seed = 1\n" + PLAN).private
+
+
+@pytest.mark.parametrize("section", [SHARED, SITE], ids=["record", "site"])
+@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+def test_distributed_noise_is_refused_where_single_updates_can_be_seen(section, protocol):
+    """One site's vector has too little noise; only masks keep everyone from seeing it."""
+    text = section + f'[protocol]\nname = "{protocol}"\n'
+    with pytest.raises(ConfigurationError) as caught:
+        parse(text)
+    assert f'protocol.name = "{protocol}"' in str(caught.value)
+    assert '"masked-bfv" or "secagg"' in str(caught.value)
+    assert "\n" not in str(caught.value)
+    seeded = "not_private_seed = 1\n" + text
+    if protocol == "plain":  # the oracle of tests, and never private
+        assert not parse(seeded).private
+    else:
+        with pytest.raises(ConfigurationError, match="shows single updates"):
+            parse(seeded)
+
+
+@pytest.mark.parametrize("section", [SHARED, SITE], ids=["record", "site"])
+@pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
+def test_distributed_noise_is_taken_under_masks_and_comes_back_as_it_was(section, protocol):
+    experiment = parse(section + f'[protocol]\nname = "{protocol}"\n')
+    assert experiment.private
+    assert experiment.privacy is not None
+    assert experiment.privacy.noise == "distributed"
+    again = parse(experiment.dump())
+    assert again == experiment
+    assert again.digest() == experiment.digest()
+
+
+def test_a_sites_update_may_come_from_any_local_training():
+    assert parse(SITE + "[training]\nlocal_steps = 20\n").training.local_steps == 20
+    assert parse(PLAN + "[training]\nlocal_steps = 20\n").privacy is not None
+
+
+def test_the_digest_changes_with_every_promise():
+    texts = [
+        PLAN,
+        SHARED,
+        SITE,
+        SHARED + "signal = 3.0\n",
+        SHARED + 'unit = "person"\n[data]\nperson = "who"\n',
+        SHARED + '[data]\nperson = "who"\n',
+        SHARED + "[aggregation]\naverage_from = 2\n",
+        SHARED + "[aggregation]\nmomentum = 0.5\n",
+    ]
+    assert len({parse(text).digest() for text in texts}) == len(texts)
 
 
 numbers = st.floats(1e-6, 1e6, allow_nan=False)

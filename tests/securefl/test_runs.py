@@ -22,10 +22,12 @@ from protocols.catalogue import PROTOCOLS
 from protocols.identity import SigningKey
 from securefl import config, models, simulation
 from securefl.config import ConfigurationError, Experiment
+from securefl.evaluation import evaluate
 from securefl.messages import Request
 from securefl.records import Summary, read_history
 from securefl.report import words
 from securefl.runs import RunFailedError, resume, run
+from securefl.state import GlobalState
 from securefl.store import CorruptStoreError, SiteStore
 
 ALL = pytest.mark.parametrize("protocol", list(PROTOCOLS))
@@ -111,6 +113,36 @@ def test_a_cnn_learns_digits(tmp_path):
         """
     )
     assert run(experiment, tmp_path / "run").summary.metric["test_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_average_of_the_weights_is_what_a_run_evaluates_and_gives_out(small, tmp_path, pruned):
+    seen: list[GlobalState] = []
+
+    class Watching:
+        def started(self, rounds: int, done: int) -> None: ...
+        def phase(self, round_number: int, phase: str) -> None: ...
+        def finished(self, record) -> None:
+            path = tmp_path / "run" / "checkpoints" / f"update-{record.update:06d}.safetensors"
+            seen.append(GlobalState.from_checkpoint(path)[0])
+
+    experiment = small(
+        "aggregation.average_from=2",
+        "training.learning_rate=1.0",
+        *(["pruning.sparsity=0.5"] if pruned else []),
+    )
+    done = run(experiment, tmp_path / "run", progress=Watching())
+    expected = np.mean([state.weights for state in seen[1:]], axis=0, dtype=np.float64)
+    trained = weights(done.directory)
+    given = np.concatenate([trained[name].ravel() for name in ("0.weight", "0.bias")])
+    np.testing.assert_allclose(given, expected * seen[-1].mask, rtol=1e-6, atol=1e-7)
+    assert np.abs(given - seen[-1].weights).max() > 1e-3
+    test = simulation.assemble(experiment).test
+    module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)
+    models.assign(module, given)
+    loss = models.loss(experiment.model, test.task)
+    told = evaluate(module, loss, test, torch.device("cpu"))
+    assert done.summary.metric == pytest.approx(told, rel=1e-5)
 
 
 @BOTH
@@ -444,7 +476,7 @@ def test_declared_weights_count_only_those_who_contributed(small, tmp_path):
         ),
         (
             ("protocol.name=masked-bfv", "sites.count=5", "protocol.openers=5"),
-            "protocol.openers = 5 but a sum may count no more than 4 sites: use at most 4",
+            "protocol.openers = 5, but a sum may count as few as 4 of 5 sites: use at most 4",
         ),
         (("protocol.name=bfv", "protocol.openers=3"), "protocol.openers = 3 but a sum may count"),
         (("transcript.consent=['site-9']",), "site-9"),
@@ -728,6 +760,7 @@ def seeded(small, private):
         "rounds=6",
         "privacy.spare_rounds=30",
         "aggregation.algorithm=fedadam",
+        "aggregation.average_from=3",
         "pruning.sparsity=0.5",
     )
 
@@ -822,13 +855,16 @@ torch.set_num_threads(1)
 folder, file, log, seed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 experiment, rng = config.load(file), random.Random(seed)
 
-def logged(self, *arguments, real=training.Trainer.update):
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(handle, b".")
-    os.close(handle)
-    return real(self, *arguments)
+def logged(real):
+    def logging(self, *arguments):
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(handle, b".")
+        os.close(handle)
+        return real(self, *arguments)
+    return logging
 
-training.Trainer.update = logged
+training.Trainer.update = logged(training.Trainer.update)
+training.Trainer.noised_sum = logged(training.Trainer.noised_sum)
 
 def die_at(fsync):
     left = [fsync]
@@ -868,17 +904,21 @@ print(attempt(), kills)
 
 
 @pytest.mark.parametrize(
-    ("protocol", "reveal", "seed", "workers"),
+    ("protocol", "reveal", "noise", "seed", "workers"),
     [
-        ("bfv", "server", 1, 0),
-        ("masked-bfv", "server", 2, 0),
-        ("masked-bfv", "sites", 3, 0),
-        pytest.param("masked-bfv", "sites", 4, 2, marks=pytest.mark.slow),
+        ("bfv", "server", "local", 1, 0),
+        ("masked-bfv", "server", "local", 2, 0),
+        ("masked-bfv", "sites", "local", 3, 0),
+        pytest.param("masked-bfv", "sites", "local", 4, 2, marks=pytest.mark.slow),
+        ("secagg", "server", "distributed", 5, 0),
+        pytest.param("masked-bfv", "sites", "distributed", 6, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
-    seeded, tmp_path, protocol, reveal, seed, workers
+    seeded, tmp_path, protocol, reveal, noise, seed, workers
 ):
+    privacy = seeded.privacy.model_copy(update={"noise": noise})
+    seeded = seeded.model_copy(update={"privacy": privacy})
     chosen = seeded.protocol.model_copy(update={"name": protocol})
     seeded = seeded.model_copy(update={"protocol": chosen})
     whole = run(seeded, tmp_path / "whole").directory  # there the server holds the model
@@ -907,7 +947,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
     assert kills >= 3
     finished_well(folder, whole, 6)
     history = read_history(folder)
-    plan = simulation.plan(seeded)
+    plan = simulation.assemble(seeded).plan
     charged = {site: SiteStore(folder / "sites" / site).charged for site in history.summary.sites}
     if not workers:  # whose vectors are computed elsewhere
         assert sum(charged.values()) >= log.stat().st_size  # no vector without its charge

@@ -484,7 +484,8 @@ def other_model(request: Request, experiment, roster_size: int, consistent: bool
     body = request.body
     if consistent:
         begin = Begin.from_bytes(body)
-        encoding = agreement.encoding(experiment, roster_size)
+        plan = agreement.plan(experiment, roster_size, size)
+        encoding = agreement.encoding(experiment, roster_size, plan)
         binding = agreement.binding(experiment, other, encoding)
         fields = {name: getattr(begin, name) for name in begin.__struct_fields__}
         body = Begin(**{**fields, "binding": binding}).to_bytes()

@@ -267,3 +267,74 @@ def test_the_tolerance_is_relative_to_the_weights():
 
 def test_without_a_stopping_rule_no_round_is_quiet():
     assert apply(state(), np.zeros(44), FedAvg(), LAYOUT, experiment()).quiet == 0
+
+
+# --- the average of the weights ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("since", [1, 3, 6])
+@pytest.mark.parametrize("rule", [FedAvg(momentum=0.5), FedAdam(0.1)], ids=["fedavg", "fedadam"])
+def test_what_is_released_is_the_mean_of_the_weights_since_that_round(rule, since):
+    trial = experiment(aggregation={"average_from": since})
+    rng = np.random.default_rng(6)
+    now = GlobalState(0, state().weights, np.ones(44, np.bool_), rule.start(44))
+    past = [now.weights]
+    for number in range(1, 11):
+        now = apply(now, rng.normal(size=44), rule, LAYOUT, trial)
+        past.append(now.weights)
+        expected = now.weights
+        if number >= since:
+            expected = np.mean(past[since:], axis=0, dtype=np.float64)
+        np.testing.assert_allclose(now.released, expected, rtol=1e-6, atol=1e-7)
+        assert now.released.dtype == np.float32
+    assert np.abs(now.released - now.weights).max() > 0.01
+
+
+@pytest.mark.parametrize("rule", [FedAvg(momentum=0.5), FedAdam(0.1)], ids=["fedavg", "fedadam"])
+def test_averaging_changes_nothing_that_is_trained_or_sent(rule):
+    """Sites train on the weights themselves; the average only looks on."""
+    rng = np.random.default_rng(7)
+    states = [GlobalState(0, state().weights, np.ones(44, np.bool_), rule.start(44))] * 2
+    trials = [experiment(), experiment(aggregation={"average_from": 2})]
+    for _ in range(6):
+        mean = rng.normal(size=44)
+        states = [
+            apply(now, mean, rule, LAYOUT, trial) for now, trial in zip(states, trials, strict=True)
+        ]
+        assert states[0].to_message() == states[1].to_message()
+        assert states[0].digest() == states[1].digest()
+    assert states[0].released is states[0].weights
+    assert (states[1].released != states[1].weights).all()
+
+
+def test_what_is_released_is_pruned_as_the_weights_are():
+    """The mean of the surviving weights; a weight that was pruned at the end is exactly zero."""
+    trial = experiment(
+        aggregation={"average_from": 2}, pruning={"sparsity": 0.5, "schedule": "linear"}
+    )
+    rng = np.random.default_rng(8)
+    now = GlobalState(0, state().weights, np.ones(44, np.bool_))
+    past = []
+    for _ in range(10):
+        now = apply(now, rng.normal(size=now.surviving), FedAvg(), LAYOUT, trial)
+        past.append(now.weights)
+    assert now.surviving == 22
+    assert (now.released[~now.mask] == 0).all()
+    expected = np.mean(past[1:], axis=0, dtype=np.float64) * now.mask
+    np.testing.assert_allclose(now.released, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path):
+    trial = experiment(aggregation={"average_from": 2})
+    rng = np.random.default_rng(9)
+    now = GlobalState(0, state().weights, np.ones(44, np.bool_))
+    read = now
+    for number in range(6):
+        mean = rng.normal(size=44)
+        now = apply(now, mean, FedAvg(), LAYOUT, trial)
+        read = apply(read, mean, FedAvg(), LAYOUT, trial)
+        path = tmp_path / f"update-{number:06d}.safetensors"
+        write(path, read.to_checkpoint("{}"))
+        read, _ = GlobalState.from_checkpoint(path)
+        assert contents(read) == contents(now)
+        assert read.released.tobytes() == now.released.tobytes()

@@ -60,6 +60,7 @@ def start(script: str, path: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "-c", script, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        bufsize=0,  # else readline holds back lines that communicate does not give
     )
 
 

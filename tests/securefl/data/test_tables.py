@@ -116,6 +116,15 @@ def test_a_declared_target_range_scales_the_target_but_never_clamps_it():
     assert made.target_range == (0, 10)
 
 
+def test_the_person_is_no_feature_but_remains_as_a_group():
+    made = from_frames({"f": frame(who=[7, 7, 12])}, "sick", declare(person="who"))
+    assert made.names == ("age", "dose")
+    assert made.groups["who"].tolist() == ["7", "7", "12"]
+    dropped = from_frames({"f": frame()}, "sick", declare(person="age", drop=("age",)))
+    assert dropped.names == ("dose",)
+    assert dropped.groups["age"].tolist() == ["30", "40", "50"]
+
+
 def test_dropped_columns_are_no_features_but_remain_as_groups():
     made = from_frames({"f": frame(ward=["007", "7", None])}, "sick", declare(drop=("ward",)))
     assert made.names == ("age", "dose")
@@ -175,6 +184,11 @@ def test_a_label_of_many_values_is_not_guessed_at():
         ({}, {"drop": ("doze",)}, "no column 'doze' (data.drop); did you mean 'dose'?"),
         ({}, {"drop": ("sick",)}, "data.drop lists the label 'sick'"),
         ({}, {"drop": ("age", "dose")}, "no feature left"),
+        ({}, {"person": "doze"}, "f has no column 'doze' (data.person); did you mean 'dose'?"),
+        ({}, {"person": "sick"}, "data.person names the label 'sick'"),
+        ({}, {"person": "age", "drop": ("dose",)}, "no feature left"),
+        ({"who": [1, None, 2]}, {"person": "who"}, "f: column 'who', row 2: no value"),
+        ({"who": ["a", "b", " "]}, {"person": "who"}, "f: column 'who', row 3: no value"),
         ({"sick": [1, 2, 1]}, {"task": "classification", "target_range": (0, 1)}, "target_range"),
         ({"sick": [1, 2, 1]}, {"task": "regression", "classes": ("1", "2")}, "data.classes is for"),
     ],
