@@ -153,29 +153,13 @@ def from_frames(
         raise ConfigurationError(
             f"{first} has no column {label!r} (data.label){near(label, columns)}"
         )
-    for name in data.drop:
-        if name not in columns:
-            raise ConfigurationError(
-                f"{first} has no column {name!r} (data.drop){near(name, columns)}"
-            )
-        if name == label:
-            raise ConfigurationError(f"data.drop lists the label {label!r}: keep it")
-    told = {"person": data.person, "test_column": data.test_column}
-    for key, named in told.items():
-        if named is not None and named not in (*columns, *groups):
-            raise ConfigurationError(
-                f"{first} has no column {named!r} (data.{key}){near(named, columns)}"
-            )
-        if named == label:
-            raise ConfigurationError(f"data.{key} names the label {label!r}: name another column")
+    aside = _aside(first, columns, label, groups, data)
     if data.person in columns:
         # Rows of unknown people would be taken for one person, who is none of them.
         for origin, frame in frames.items():
             unknown = np.flatnonzero(_text(frame[data.person]) == "")
             if unknown.size:
                 raise _missing(origin, data.person, int(unknown[0]))
-    others = (*data.drop, *(named for named in told.values() if named is not None))
-    aside = list(dict.fromkeys([*groups, *others]))
     names = tuple(name for name in columns if name != label and name not in aside)
     if not names:
         raise ConfigurationError(f"{first} has no feature left: drop fewer columns in data.drop")
@@ -199,6 +183,31 @@ def from_frames(
         },
         target_range=data.target_range,
     )
+
+
+def _aside(
+    first: str, columns: Sequence[str], label: str, groups: Sequence[str], data: Data
+) -> list[str]:
+    """The columns that are neither features nor the label; ConfigurationError when one is not."""
+    named = [("drop", name) for name in data.drop]
+    named += [
+        (key, name)
+        for key, name in (("person", data.person), ("test_column", data.test_column))
+        if name is not None
+    ]
+    for key, name in named:
+        known = columns if key == "drop" else (*columns, *groups)
+        if name not in known:
+            raise ConfigurationError(
+                f"{first} has no column {name!r} (data.{key}){near(name, columns)}"
+            )
+        if name == label:
+            raise ConfigurationError(
+                f"data.drop lists the label {label!r}: keep it"
+                if key == "drop"
+                else f"data.{key} names the label {label!r}: name another column"
+            )
+    return list(dict.fromkeys([*groups, *(name for _, name in named)]))
 
 
 def near(name: str, known: Iterable[str]) -> str:

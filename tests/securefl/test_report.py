@@ -183,7 +183,7 @@ REGRESSION = {"metrics": {"test_loss": 0.4, "test_mse": 3000.0, "test_mae": 44.0
     [
         ({}, 7),
         ({"rounds": 1}, 7),
-        ({"rounds": 1, "sites": 1}, 7),
+        ({"rounds": 1, "sites": 3}, 7),
         ({"rounds": 60, "sites": 100}, 7),
         ({"rounds": 1000, "aborted": range(2, 500, 7)}, 7),
         ({"plan": False}, 6),
