@@ -26,7 +26,7 @@ def test_an_example_is_a_valid_experiment_on_data_at_hand(path: Path) -> None:
 
 def test_the_model_of_sites_only_is_good_and_only_at_the_sites(tmp_path: Path) -> None:
     done = run(config.load(FOLDER / "sites-only.toml"), tmp_path / "run")
-    assert done.summary.metric["test_accuracy"] > 0.85
+    assert done.summary.metric["test_accuracy"] > 0.8
     assert {path.suffix for path in (done.directory / "checkpoints").iterdir()} == {".json"}
     history = read_history(done.directory)
     assert history.rounds[-1].parameters < history.rounds[0].parameters
