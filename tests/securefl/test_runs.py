@@ -478,7 +478,10 @@ def test_declared_weights_count_only_those_who_contributed(small, tmp_path):
             ("protocol.name=masked-bfv", "sites.count=5", "protocol.openers=5"),
             "protocol.openers = 5, but a sum may count as few as 4 of 5 sites: use at most 4",
         ),
-        (("protocol.name=bfv", "protocol.openers=3"), "protocol.openers = 3 but a sum may count"),
+        (
+            ("protocol.name=bfv", "protocol.openers=3"),
+            "protocol.openers = 3, but a sum may count as few as 2",
+        ),
         (("transcript.consent=['site-9']",), "site-9"),
         (("aggregation.algorithm=no_such_module:rule",), "no_such_module"),
         (("model.name=cnn",), "model.name"),
