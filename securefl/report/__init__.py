@@ -114,7 +114,7 @@ def _thresholds(history: History, sites: int) -> Sequence[tuple[str, str]]:
     return [
         ("May collude with the server", f"{experiment.protocol.colluding_sites} of {sites} sites"),
         ("A sum counts at least", f"{agreed.minimum} sites"),
-        ("May vanish from a round", f"{sites - agreed.minimum} sites"),
+        ("May vanish from a round", f"{sites - agreed.minimum} of {sites} sites"),
     ]
 
 
