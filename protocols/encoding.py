@@ -9,7 +9,7 @@ and the fields of a sum are recovered with carries from the lowest up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -133,12 +133,11 @@ class FixedPoint:
         self, values: NDArray[np.floating], weight: int, rounding: Keystream
     ) -> Iterator[NDArray[np.uint64]]:
         header = np.array([1, weight][: self.header_slots], np.uint64)
-        start = 0
-        while header.size or start < len(values):
-            stop = start + (CHUNK_SLOTS - header.size) * self.fields
-            integers = self._round(values[start:stop], weight, rounding)
-            yield np.concatenate([header, _pack(integers, self.field_bits, self.fields)])
-            header, start = header[:0], stop
+
+        def rounded(start: int, stop: int) -> NDArray[np.int64]:
+            return self._round(values[start:stop], weight, rounding)
+
+        return _in_chunks(header, rounded, len(values), self.field_bits, self.fields)
 
     def _round(
         self, values: NDArray[np.floating], weight: int, rounding: Keystream
@@ -232,13 +231,12 @@ class Integers:
 
     def encode(self, integers: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
         """`integers` (int64[d]) as slots, in chunks of CHUNK_SLOTS, uint64 < 2^plain_bits."""
-        header = np.ones(1, np.uint64)
-        start = 0
-        while header.size or start < len(integers):
-            stop = start + (CHUNK_SLOTS - header.size) * self.fields
-            part = _pack(integers[start:stop], self.field_bits, self.fields)
-            yield np.concatenate([header, part])
-            header, start = header[:0], stop
+        count = np.ones(1, np.uint64)
+
+        def given(start: int, stop: int) -> NDArray[np.int64]:
+            return integers[start:stop]
+
+        return _in_chunks(count, given, len(integers), self.field_bits, self.fields)
 
     def decode(
         self,
@@ -270,6 +268,21 @@ def _check(total: NDArray[np.uint64], slots: int, contributors: tuple[str, ...])
         raise ProtocolError(
             f"the opened sum counts {int(total[0])} updates, not {len(contributors)}"
         )
+
+
+def _in_chunks(
+    header: NDArray[np.uint64],
+    integers: Callable[[int, int], NDArray[np.int64]],
+    length: int,
+    width: int,
+    fields: int,
+) -> Iterator[NDArray[np.uint64]]:
+    """The header, then `integers(start, stop)` up to `length`, as slots, CHUNK_SLOTS at a time."""
+    start = 0
+    while header.size or start < length:
+        stop = start + (CHUNK_SLOTS - header.size) * fields
+        yield np.concatenate([header, _pack(integers(start, stop), width, fields)])
+        header, start = header[:0], stop
 
 
 def _pack(integers: NDArray[np.int64], width: int, fields: int) -> NDArray[np.uint64]:

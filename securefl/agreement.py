@@ -93,8 +93,9 @@ def _field_bits(experiment: Experiment, plan: RecordDistributed | SiteDistribute
         return plan.field_bits(OVERFLOW)
     # One coordinate of a gradient is far below its norm where there are many: 16 times the mean.
     usual = plan.expected_batch * min(1.0, 16 / math.sqrt(plan.dimension))
-    signal = getattr(experiment.privacy, "signal", None) or usual
-    return plan.field_bits(signal, OVERFLOW)
+    privacy = experiment.privacy
+    told = privacy.signal if isinstance(privacy, config.Privacy) else None
+    return plan.field_bits(told or usual, OVERFLOW)
 
 
 def tolerated(experiment: Experiment) -> int:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from securefl.config import ConfigurationError, Sites
-from securefl.data import Table, partition, split
+from securefl.data import Table, declared_split, partition, split
 
 
 def table(target, task="classification", **groups):
@@ -176,3 +176,23 @@ def test_more_sites_than_records_are_refused():
 def test_an_iid_deal_that_leaves_a_site_one_class_is_refused():
     with pytest.raises(ConfigurationError, match=r"one class only.*: lower sites\.count"):
         partition(table([0] * 9 + [1]), Sites(count=2), 0)
+
+
+def test_declared_test_rows_are_held_out_and_no_others():
+    records = table([0, 1, 0, 1], use=["train", "test", "train", "test"])
+    train, test = declared_split(records, "use")
+    np.testing.assert_array_equal(train.features, records.features[[0, 2]])
+    np.testing.assert_array_equal(test.features, records.features[[1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("use", "column", "message"),
+    [
+        (["train"] * 4, "use", "marks 0 of 4 records"),
+        (["test"] * 4, "use", "marks 4 of 4 records"),
+        (["test", "train"] * 2, "uses", "'uses' is not a column of the data"),
+    ],
+)
+def test_test_rows_that_are_not_declared_are_refused(use, column, message):
+    with pytest.raises(ConfigurationError, match=message):
+        declared_split(table([0, 1, 0, 1], use=use), column)

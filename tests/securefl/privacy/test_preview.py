@@ -1,0 +1,47 @@
+"""A plan is shown before anyone trains: the figures of the plan and encoding that would be used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from protocols.bfv import Parameters
+from securefl import agreement, cli, config
+from securefl.config import ConfigurationError
+from securefl.privacy.plan import Observer
+from securefl.privacy.preview import preview
+
+PLANNED = ["rounds=5", "privacy.epsilon=2", "privacy.delta=1e-3", "privacy.rate=0.1"]
+
+
+@pytest.mark.parametrize(("noise", "batch"), [("local", 20), ("distributed", 100)])
+def test_the_preview_is_what_a_run_would_use(noise: str, batch: int) -> None:
+    experiment = config.parse(
+        "", [*PLANNED, f"privacy.noise={noise}", f"privacy.expected_batch={batch}"]
+    )
+    shown, plan = preview(experiment, 5, 100), agreement.plan(experiment, 5, 100)
+    assert plan is not None
+    assert shown.epsilon == {who: plan.spent(5, who) for who in Observer}
+    assert max(shown.epsilon.values()) <= 2
+    encoding = agreement.encoding(experiment, 5, plan)
+    assert shown.field_bits == encoding.field_bits
+    size = Parameters(encoding.plain_bits, 5).upload_bytes(encoding.slots(100))
+    assert shown.bytes_up == size / 100
+
+
+def test_without_a_plan_there_is_nothing_to_preview() -> None:
+    with pytest.raises(ConfigurationError, match=r"no \[privacy\] section"):
+        preview(config.parse(""), 5, 100)
+
+
+def test_the_command_tells_both_kinds_of_noise_and_refuses_in_one_line() -> None:
+    asked = ["privacy", "plan", "--epsilon", "2", "--records", "1000", "--sites", "5"]
+    asked += ["--parameters", "100", "--delta", "1e-3", "--rounds", "5", "--format", "json"]
+    told = json.loads(CliRunner().invoke(cli.app, asked).stdout)
+    assert set(told) == {"local", "distributed"}
+    assert told["distributed"]["signal_to_noise"] > told["local"]["signal_to_noise"]
+    assert told["distributed"]["epsilon"]["public"] < told["distributed"]["epsilon"]["others"] <= 2
+    refused = CliRunner().invoke(cli.app, [*asked, "--set", "privacy.delta=2"])
+    assert refused.exit_code == 2
