@@ -47,13 +47,17 @@ def clipped_sum(gradients: Sequence[torch.Tensor], clip: float, units: int) -> N
             f"1 <= units < 2^53 / {max(rows, 1)}"
         )
     flat = [part.reshape(rows, math.prod(part.shape[1:])) for part in gradients]
-    size = sum(part.shape[1] for part in flat)
+    widths = [part.shape[1] for part in flat]
+    size = sum(widths)
     total = torch.zeros(size, dtype=torch.float64, device=flat[0].device)
     # As much as a processor's cache holds; an accelerator takes all at once.
     step = max(1, _CHUNK // size if total.device.type == "cpu" else rows)
+    chunk = total.new_empty(min(step, rows), size)
     for start in range(0, rows, step):
-        chunk = torch.cat([part[start : start + step] for part in flat], 1).double()
-        total += _clipped(chunk, clip, units).sum(0)  # integers below 2^53: exact
+        taken = chunk[: rows - start]
+        for part, into in zip(flat, torch.split(taken, widths, 1), strict=True):
+            into.copy_(part[start : start + step])
+        total += _clipped(taken, clip, units).sum(0)  # integers below 2^53: exact
     return np.asarray(total.to(torch.int64).cpu().numpy(), np.int64)
 
 
@@ -61,10 +65,11 @@ def _clipped(rows: torch.Tensor, clip: float, units: int) -> torch.Tensor:
     """Each of `rows` (float64[n, d], overwritten) as integers of clip / units; some left out."""
     slack = (rows.shape[1] + 2) * 2.0**-52
     norms = torch.linalg.vector_norm(rows, dim=1)
-    scale = (units / clip) * (1 - 2 * slack) * torch.clamp(clip / norms, max=1.0)
-    whole = rows.mul_(scale[:, None]).trunc_()
+    unit = (clip / units) * (1 + 3 * slack) * torch.clamp(norms / clip, min=1.0)
+    whole = rows.div_(unit[:, None], rounding_mode="trunc")  # trunc_ takes four times as long
     squares = torch.linalg.vecdot(whole, whole)
-    return whole[squares <= float(units) ** 2 * (1 - slack)]  # nothing that is not finite is
+    within = squares <= float(units) ** 2 * (1 - slack)  # nothing that is not finite is
+    return whole if within.all() else whole[within]
 
 
 def dithered(total: NDArray[np.int64], keystream: Keystream) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus import GradSampleModule
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.noise import DiscreteGaussian
@@ -57,7 +58,7 @@ class Trainer:
         # Losses are summed; who uses the sum divides by the public expected batch.
         self._sampled = None
         if isinstance(plan, RecordLocal | RecordDistributed):
-            self._sampled = GradSampleModule(module, loss_reduction="sum")
+            self._sampled = _PerSampleGradients(module, loss_reduction="sum")
 
     def update(
         self, weights: NDArray[np.float32], mask: NDArray[np.bool_], randomness: Randomness
@@ -189,9 +190,10 @@ class Trainer:
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             output = self._sampled(self._features[at])
             self._loss(output, self._target[at]).sum().backward()  # type: ignore[no-untyped-call]
+        given = [part.grad_sample for part in self._module.parameters()]  # type: ignore[attr-defined]
         each = [
-            parameter.grad_sample * keep  # type: ignore[attr-defined]
-            for parameter, keep in zip(self._module.parameters(), masks, strict=True)
+            part * keep if (keep == 0).any() else part
+            for part, keep in zip(given, masks, strict=True)
         ]
         if self._person is None:
             return each
@@ -204,6 +206,41 @@ class Trainer:
             )
             for part in each
         ]
+
+
+class _PerSampleGradients(GradSampleModule):  # type: ignore[misc]
+    """Opacus's, keeping a layer's gradients as they come: it would copy them into zeros first."""
+
+    def capture_backprops_hook(
+        self,
+        module: torch.nn.Module,
+        _forward_input: torch.Tensor,
+        forward_output: torch.Tensor,
+        loss_reduction: str,
+        batch_first: bool,
+    ) -> None:
+        """Set `grad_sample` of the parameters of `module`; Opacus adds up those used repeatedly."""
+        once = all(
+            getattr(parameter, "_forward_counter", 0) == 1  # not tied to another layer
+            and not hasattr(parameter, "_current_grad_sample")
+            for parameter in module.parameters()
+        )
+        if not once:
+            super().capture_backprops_hook(
+                module, _forward_input, forward_output, loss_reduction, batch_first
+            )
+            return
+        activations, backprops = self.rearrange_grad_samples(
+            module=module,
+            backprops=forward_output[0].detach(),
+            loss_reduction=loss_reduction,
+            batch_first=batch_first,
+        )
+        gradients = self.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
+        for parameter, each in gradients(module, activations, backprops).items():
+            parameter.grad_sample = each
+            parameter._forward_counter = 0
+        del module.max_batch_len
 
 
 def _batches(records: int, size: int, seed: Seed) -> Iterator[NDArray[np.int64]]:

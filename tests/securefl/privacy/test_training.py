@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from opacus.layers import DPLSTM
 from scipy import stats
 
 from securefl import config, models
@@ -125,7 +126,41 @@ def test_a_record_whose_gradient_overflows_cannot_break_out_of_the_clipped_step(
     assert np.linalg.norm((with_it - without).astype(np.float64)) <= 1 / 16 * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "cnn"])
+class Reused(torch.nn.Module):
+    """A layer that is used twice, and one that another is tied to."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(4, 4), torch.nn.Linear(4, outputs)
+        self.tied = torch.nn.Linear(4, 4, bias=False)
+        self.tied.weight = self.inner.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.tanh(self.tied(torch.tanh(self.inner(torch.tanh(self.inner(x)))))))
+
+
+class Recurrent(torch.nn.Module):
+    """Opacus's LSTM over the features as a sequence."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.lstm, self.outer = DPLSTM(1, 3, batch_first=True), torch.nn.Linear(3, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.lstm(x[:, :, None])[0][:, -1])
+
+
+def reused(shape, outputs):
+    return Reused(outputs)
+
+
+def recurrent(shape, outputs):
+    return Recurrent(outputs)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "mlp", "cnn", f"{__name__}:reused", f"{__name__}:recurrent"]
+)
 def test_the_step_is_the_sum_of_clipped_gradients_over_the_expected_batch(randomness, name):
     """Against gradients taken one record at a time."""
     rng = np.random.default_rng(2)
