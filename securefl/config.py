@@ -49,9 +49,10 @@ class Data(Section):
     the column that says whose a record is.
     """
 
-    source: Literal["breast-cancer", "digits", "diabetes", "table", "heart-disease"] | Callable_ = (
-        "breast-cancer"
-    )
+    source: (
+        Literal["breast-cancer", "digits", "diabetes", "table", "heart-disease", "mnist"]
+        | Callable_
+    ) = "breast-cancer"
     path: Path | None = None
     label: str | None = None
     person: str | None = None
@@ -73,7 +74,7 @@ class Data(Section):
         }.items():
             if not low < high:
                 raise ValueError(f"range of {key} is [{low}, {high}]: put the lower bound first")
-        if self.source in ("table", "heart-disease") and self.path is None:
+        if self.source in ("table", "heart-disease", "mnist") and self.path is None:
             raise ValueError(f'source = "{self.source}" needs path = "FILE or FOLDER"')
         if self.source == "table" and self.label is None:
             raise ValueError('source = "table" needs label = "COLUMN"')
@@ -110,7 +111,7 @@ class Model(Section):
     outputs, and returns a torch.nn.Module.
     """
 
-    name: Literal["linear", "logistic", "mlp", "cnn"] | Callable_ = "logistic"
+    name: Literal["linear", "logistic", "mlp", "cnn", "small-cnn"] | Callable_ = "logistic"
     hidden: tuple[Count, ...] = (16,)
     loss: Literal["auto", "cross-entropy", "squared-error"] | Callable_ = "auto"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import math
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,9 @@ from securefl.config import ConfigurationError, Data
 from securefl.data.tables import Table, from_frames
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+
+FILES = ("table", "heart-disease", "mnist")
+"""Sources that are read from data.path."""
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 
@@ -42,8 +48,9 @@ def load(data: Data) -> Table:
     Sources: "breast-cancer" (569 x 30), "digits" (1797 x 1 x 8 x 8) and "diabetes" (442 x 10, in
     the units they were measured in) come with scikit-learn; "table" is a CSV, TSV or Parquet
     file, or a folder of them (then group "file" tells them apart by stem); "heart-disease" is a
-    folder with the four processed.HOSPITAL.data files; "module:callable" is called with `data`
-    and returns a Table. Columns in `data.drop` are no features, but remain as groups.
+    folder with the four processed.HOSPITAL.data files; "mnist" is a folder with MNIST's four idx
+    files, gzipped or not (Fashion-MNIST's bear the same names); "module:callable" is called with
+    `data` and returns a Table. Columns in `data.drop` are no features, but remain as groups.
 
     Raises ConfigurationError naming the file, the column, the row and the value that is wrong.
     """
@@ -53,16 +60,16 @@ def load(data: Data) -> Table:
         raise ConfigurationError(
             f'data.label is read only with source = "table": drop {data.label!r}'
         )
-    if data.path is not None and data.source not in ("table", "heart-disease"):
-        raise ConfigurationError(
-            f'data.path is read only with source = "table" or "heart-disease": drop {data.path}'
-        )
+    if data.path is not None and data.source not in FILES:
+        known = ", ".join(f'"{name}"' for name in FILES)
+        raise ConfigurationError(f"data.path is read only with source = {known}: drop {data.path}")
     sources: dict[str, Callable[[Data], Table]] = {
         "breast-cancer": _breast_cancer,
         "digits": _digits,
         "diabetes": _diabetes,
         "table": _table,
         "heart-disease": _heart_disease,
+        "mnist": _mnist,
     }
     return sources[data.source](data)
 
@@ -258,6 +265,50 @@ def _flamby_split(disease: pd.Series[str], stratified: bool) -> NDArray[np.str_]
     labels = disease if stratified else None
     _, test = train_test_split(rows, test_size=0.34, random_state=43, stratify=labels)
     return np.where(np.isin(rows, test), "test", "train")
+
+
+def _mnist(data: Data) -> Table:
+    """Images and labels as LeCun et al. published them; group column "mnist" is their split."""
+    assert data.path is not None  # noqa: S101 (Data holds this)
+    if data.drop:
+        raise ConfigurationError("data.drop leaves a hole in an image: drop nothing from mnist")
+    frames: dict[str, pd.DataFrame] = {}
+    sizes = set()
+    for stem, part in (("train", "train"), ("t10k", "test")):
+        path, images = _read_idx(data.path, f"{stem}-images-idx3-ubyte", 3)
+        labels_path, labels = _read_idx(data.path, f"{stem}-labels-idx1-ubyte", 1)
+        if len(images) != len(labels):
+            raise ConfigurationError(
+                f"{path} holds {len(images)} images, {labels_path} {len(labels)} labels: they "
+                "belong to different sets"
+            )
+        rows, columns = images.shape[1:]
+        sizes.add((rows, columns))
+        names = [f"pixel_{i}_{j}" for i in range(rows) for j in range(columns)]
+        frame = pd.DataFrame(images.reshape(len(images), -1), columns=names)
+        frames[str(path)] = frame.assign(digit=labels, mnist=part)
+    if len(sizes) > 1:
+        raise ConfigurationError(f"{data.path}: training and test images differ in size")
+    declared = _default(data, classes=tuple(map(str, range(10))))
+    return from_frames(frames, "digit", declared, groups=("mnist",), shape=(1, *sizes.pop()))
+
+
+def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[Path, NDArray[np.uint8]]:
+    """The array of bytes in an idx file of `folder`, gzipped or not, and where it was."""
+    path = folder / f"{name}.gz"
+    if not path.exists():
+        path = folder / name
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
+    start = 4 + 4 * dimensions
+    shape = tuple(int(extent) for extent in np.frombuffer(raw[4:start], ">u4"))
+    if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) != start + math.prod(shape):
+        raise ConfigurationError(
+            f"{path} is not a whole idx file of bytes in {dimensions} dimensions: get it again"
+        )
+    return path, np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigurationError:

@@ -21,7 +21,13 @@ from securefl.models import (
     optimiser,
 )
 
-SHAPES = {"linear": (5,), "logistic": (5,), "mlp": (5,), "cnn": (1, 8, 8)}
+SHAPES = {
+    "linear": (5,),
+    "logistic": (5,),
+    "mlp": (5,),
+    "cnn": (1, 8, 8),
+    "small-cnn": (1, 28, 28),
+}
 
 OWN = """
 import torch
@@ -99,10 +105,17 @@ def test_the_public_seed_decides_the_weights_and_nothing_else_moves(name):
     assert not np.array_equal(flatten(one), flatten(other))
 
 
-@pytest.mark.parametrize("name", ["linear", "logistic", "mlp", "cnn"])
-def test_every_named_network_takes_images(name):
-    module = build(Model(name=name), (1, 8, 8), 10, seed=0)
-    assert module(torch.zeros(4, 1, 8, 8)).shape == (4, 10)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 20, 17)])
+def test_every_named_network_takes_images(name, shape):
+    module = build(Model(name=name), shape, 10, seed=0)
+    assert module(torch.zeros(4, *shape)).shape == (4, 10)
+
+
+def test_the_small_cnn_is_that_of_the_literature():
+    assert layout(build(Model(name="small-cnn"), (1, 28, 28), 10, 0)).size == 26_010
+    with pytest.raises(ConfigurationError, match='choose "cnn" or "mlp"'):
+        build(Model(name="small-cnn"), (1, 15, 16), 10, 0)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,5 +1,6 @@
 """Every source gives a table, and every broken file an error that names it."""
 
+import gzip
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from securefl.config import ConfigurationError, Data, Sites
 from securefl.data import Table, load, partition, split
 
-HEART = Path(__file__).resolve().parents[4] / "shared" / "data" / "heart_disease"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+HEART, MNIST = SHARED / "heart_disease", SHARED / "mnist"
 
 
 def table(path, **keys):
@@ -228,3 +230,74 @@ def test_a_hospital_file_of_another_shape_is_refused(tmp_path):
     write(tmp_path, "63,1,9,145,233,1,2,150,0,2.3,3,0,6,0\n", "processed.cleveland.data")
     with pytest.raises(ConfigurationError, match="column 'cp' holds"):
         load(Data(source="heart-disease", path=tmp_path))
+
+
+# --- MNIST ---------------------------------------------------------------------------------------
+
+needs_mnist = pytest.mark.skipif(
+    not MNIST.is_dir(), reason="needs MNIST's four files at ../shared/data/mnist"
+)
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The array of bytes as an idx file."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def images(folder: Path, compress=gzip.compress, suffix: str = ".gz") -> np.ndarray:
+    """Writes a set of three training and two test images; their pixels, uint8[5, 4, 3]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    labels = np.array([7, 0, 9, 1, 1], np.uint8)
+    for stem, part in (("train", slice(0, 3)), ("t10k", slice(3, 5))):
+        for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            (folder / f"{stem}-{name}-ubyte{suffix}").write_bytes(compress(idx(array[part])))
+    return pixels
+
+
+@pytest.mark.parametrize(("compress", "suffix"), [(gzip.compress, ".gz"), (bytes, "")])
+def test_mnist_files_become_scaled_images_that_know_their_part(tmp_path, compress, suffix):
+    pixels = images(tmp_path, compress, suffix)
+    made = load(Data(source="mnist", path=tmp_path, default_range=(0, 255), test_column="mnist"))
+    np.testing.assert_allclose(made.features[:, 0], pixels / 255 * 2 - 1, atol=1e-6)
+    assert made.target.tolist() == [7, 0, 9, 1, 1]
+    assert made.classes == tuple("0123456789")
+    assert made.groups["mnist"].tolist() == ["train"] * 3 + ["test"] * 2
+
+
+def test_broken_mnist_files_are_named_with_the_mend(tmp_path):
+    def refused(message: str) -> None:
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            load(Data(source="mnist", path=tmp_path))
+        assert "\n" not in str(caught.value)
+
+    refused("cannot read .*train-images-idx3-ubyte: No such file")
+    images(tmp_path)
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:-9])
+    refused("cannot read .*train-labels-idx1-ubyte.gz")
+    labels.write_bytes(b"no gzip")
+    refused("cannot read .*train-labels-idx1-ubyte.gz")
+    for wrong in (b"", idx(np.zeros((3, 1), np.uint8)), idx(np.zeros(3, np.uint8))[:-1]):
+        labels.write_bytes(gzip.compress(wrong))
+        refused("train-labels-idx1-ubyte.gz is not a whole idx file of bytes in 1 dimensions")
+    labels.write_bytes(gzip.compress(idx(np.zeros(4, np.uint8))))
+    refused("holds 3 images, .* 4 labels")
+    labels.write_bytes(gzip.compress(idx(np.full(3, 10, np.uint8))))
+    refused(r"column 'digit', row 1: '10' is not in data.classes")
+    labels.write_bytes(whole)
+    other = np.zeros((2, 3, 3), np.uint8)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(other)))
+    refused("training and test images differ in size")
+
+
+@needs_mnist
+def test_mnist_has_its_published_records():
+    made = load(Data(source="mnist", path=MNIST, default_range=(-255, 255)))
+    assert made.features.shape == (70_000, 1, 28, 28)
+    assert (made.groups["mnist"] == "test").sum() == 10_000
+    assert np.bincount(made.target).tolist() == [
+        *(6903, 7877, 6990, 7141, 6824, 6313, 6876, 7293, 6825, 6958)
+    ]
+    assert made.features.min() == 0
+    assert made.features.mean() == pytest.approx(0.1309, abs=1e-3)
