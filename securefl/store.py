@@ -37,6 +37,20 @@ def write(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def write_secret(path: Path, data: bytes) -> None:
+    """Make `path`, readable by its owner only; FileExistsError, and nothing done, if it exists."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(partial, path)
+    finally:
+        partial.unlink()
+    _sync_folder(path.parent)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to `path` and sync it; a line cut by a crash is dropped by `whole_lines`."""
     with path.open("ab") as file:

@@ -42,6 +42,12 @@ _ORDERS: Final = np.unique(np.concatenate([np.arange(1, 129), 1.06 ** np.arange(
 )
 """Integers from 1 to 128, then ever sparser up to 2^14."""
 
+ORDERS: Final[tuple[float, ...]] = (
+    *np.arange(1.125, 16, 0.125).tolist(),
+    *map(float, _ORDERS[15:]),
+)
+"""Those at which costs are given: chords between integers, eight to a gap up to 16, without 1."""
+
 
 class UnprovenError(Exception):
     """A mechanism or a composition whose cost nobody here has proven: it gets no epsilon."""
@@ -315,6 +321,58 @@ def _gaussian(event: Event) -> tuple[float, float]:
     return math.sqrt(_variance(event)) / event.sensitivity, rate
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What something costs at every order: numbers that simply add up, as a ledger stores them.
+
+    moments: log E_Q[(P / Q)^a] at each of ORDERS, upper bounds. slip: what is charged to delta.
+    distance: the statistical distance of its draws from their law. All zero: it costs nothing.
+    """
+
+    moments: tuple[float, ...]
+    slip: float
+    distance: float
+
+    def __post_init__(self) -> None:
+        _check(len(self.moments) == len(ORDERS), "moments", len(self.moments), "for each order")
+        least = min(*self.moments, self.slip, self.distance)
+        _check(least >= 0, "a cost", least, "at least 0")
+
+    @classmethod
+    def of(cls, spent: Iterable[Repeated]) -> Curve:
+        """The curve of everything in `spent`; by RDP alone (`_by_renyi`)."""
+        spent = tuple(r for r in spent if r.times)
+        slip = sum(r.times * _slip(r.event) for r in spent)
+        return cls(tuple(_moments(spent).tolist()), slip, _distance(spent))
+
+    @classmethod
+    def total(cls, curves: Iterable[tuple[Curve, float]]) -> Curve:
+        """The sum of curves, each so many times."""
+        moments, slip, distance = np.zeros(len(ORDERS)), 0.0, 0.0
+        for curve, times in curves:
+            moments += times * np.array(curve.moments)
+            slip += times * curve.slip
+            distance += times * curve.distance
+        return cls(tuple(moments.tolist()), slip, distance)
+
+    def epsilon(self, delta: float, order: float) -> float:
+        """Epsilon at `delta` by the one `order` (of ORDERS); inf where none holds."""
+        at = ORDERS.index(order)
+
+        def least(left: float) -> float:
+            return max(0.0, float(_converted(np.array(self.moments), left)[at]))
+
+        if not any(self.moments):
+            return 0.0
+        return _solve(least, delta - self.slip, self.distance)
+
+    def best_order(self, delta: float) -> float:
+        """The order whose `epsilon` is least."""
+        found = _converted(np.array(self.moments), max(delta - self.slip, delta / 2))
+        return ORDERS[int(found.argmin())]
+
+
 def _by_renyi(spent: tuple[Repeated, ...]) -> Callable[[float], float]:
     """Epsilon as a function of delta, by RDP: the best order.
 
@@ -332,19 +390,27 @@ def _by_renyi(spent: tuple[Repeated, ...]) -> Callable[[float], float]:
 
     From RDP to (epsilon, delta) by Canonne, Kamath and Steinke 2020, proposition 12.
     """
+    moments = _moments(spent)
+
+    def least_epsilon(delta: float) -> float:
+        return max(0.0, float(_converted(moments, delta).min()))
+
+    return least_epsilon
+
+
+def _moments(spent: Iterable[Repeated]) -> NDArray[np.float64]:
+    """log E_Q[(P / Q)^a] of everything in `spent` at each of ORDERS, upper bounds."""
     moments = np.zeros(len(_ORDERS))
     for r in spent:
         moments += r.times * _log_moments(r.event)
-    # Chords between neighbouring integers, eight to a gap up to order 16, without order 1 itself.
-    orders = np.concatenate([np.arange(1.125, 16, 0.125), _ORDERS[15:]])
-    bounds = np.interp(orders, _ORDERS, moments)
+    return np.asarray(np.interp(ORDERS, _ORDERS, moments), np.float64)
 
-    def least_epsilon(delta: float) -> float:
-        logs = math.log(delta) + np.log(orders)
-        found = (bounds - logs) / (orders - 1) + np.log1p(-1 / orders)
-        return max(0.0, float(found.min()))
 
-    return least_epsilon
+def _converted(moments: NDArray[np.float64], delta: float) -> NDArray[np.float64]:
+    """Epsilon at `delta` by each of ORDERS."""
+    orders = np.array(ORDERS)
+    logs = math.log(delta) + np.log(orders)
+    return np.asarray((moments - logs) / (orders - 1) + np.log1p(-1 / orders), np.float64)
 
 
 @lru_cache(maxsize=1024)

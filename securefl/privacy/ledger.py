@@ -1,0 +1,736 @@
+"""One site's book of the privacy that its data sets have spent: it outlives every run.
+
+A data set has one budget, an epsilon at one delta for one unit, whatever runs and servers come and
+however its records change. A round is charged before a record is read for it, in a transaction that
+is on the disk when `charge` returns; an aborted round stays charged.
+
+**The filter.** Later runs are chosen by people who saw what earlier ones gave, so costs compose
+fully adaptively. Renyi divergences of one order that was fixed beforehand then still add up
+(Feldman and Zrnic 2021, section 4): who stops before their sum exceeds a bound has spent no more
+than it. The order of a data set is fixed when its first run is opened, from that run's plan and the
+budget alone. At an order chosen afterwards the figure would be lower, and would not hold.
+
+**A run by itself.** The first run's plan is fixed before anything was spent, so that the tighter
+accountant of `accounting.cost` holds for it. A run that fits the budget only by that one may have
+the data set to itself: no other is ever opened on it. Which of the two holds is decided before the
+first charge, from the plan alone.
+
+**The chain.** Every entry is hashed with the one before it. The last hash, signed by the site, goes
+with its uploads: a ledger that was edited, rolled back or replaced no longer contains what a peer
+has kept (`verify`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar, final
+
+import msgspec
+from msgspec import Meta
+
+from protocols.identity import Roster, SigningKey, digest
+from securefl import store
+from securefl.config import ConfigurationError
+from securefl.privacy import accounting
+from securefl.privacy.accounting import Curve, Event, Repeated
+from securefl.store import CorruptStoreError
+
+Unit = Literal["record", "person", "site"]
+Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+Text = Annotated[str, Meta(max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
+Delta = Annotated[float, Meta(gt=0, lt=1)]
+Count = Annotated[int, Meta(ge=1, le=2**62)]
+
+WAIT_SECONDS: Final = 30.0
+"""How long a charge waits for another process that is charging."""
+
+_START: Final = bytes(32)
+_LABEL: Final = b"securefl/1 ledger entry\0"
+_VERSION: Final = 1
+_TABLES: Final = (
+    "CREATE TABLE entries (number INTEGER PRIMARY KEY, body BLOB NOT NULL, head BLOB NOT NULL)",
+    "CREATE TABLE records (dataset TEXT NOT NULL, hash BLOB NOT NULL,"
+    " PRIMARY KEY (hash, dataset)) WITHOUT ROWID",
+    "CREATE TABLE heads (site TEXT NOT NULL, entries INTEGER NOT NULL, hash BLOB NOT NULL,"
+    " signature BLOB NOT NULL, number INTEGER PRIMARY KEY AUTOINCREMENT,"
+    " UNIQUE (site, entries, hash))",
+)
+
+
+class BudgetSpentError(Exception):
+    """A charge that would exceed a budget: says what was asked and what is left."""
+
+
+class OverlapError(ConfigurationError):
+    """A new data set that holds records of another one."""
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower):
+    """One line of the book. at: UTC, to the second."""
+
+    at: str
+
+
+class Registered(_Entry, frozen=True):
+    """A data set and its budget; again for one that is there: a person changed its budget."""
+
+    dataset: Name
+    unit: Unit
+    epsilon: Positive
+    delta: Delta
+    purpose: Text
+    by: Text = ""
+
+
+class Content(_Entry, frozen=True):
+    """What the data set holds now, as a keyed hash (32 bytes, hexadecimal)."""
+
+    dataset: Name
+    fingerprint: str
+
+
+class Accepted(_Entry, frozen=True):
+    """A person's decision that a data set may share records with others."""
+
+    dataset: Name
+    overlaps: tuple[Name, ...]
+    reason: Text
+    by: Text
+
+
+class Opened(_Entry, frozen=True):
+    """A run that may charge the data set. curve: of one round; order: of the data set's filter.
+
+    alone: the run has the data set to itself, by `accounting.cost`. promise: SHA-256 of the
+    experiment and the plan, hexadecimal.
+    """
+
+    dataset: Name
+    run: Text
+    experiment: Text
+    promise: str
+    unit: Unit
+    event: dict[str, str | float | int]
+    steps: Count
+    rounds: Count
+    epsilon: Positive
+    curve: Curve
+    order: float
+    alone: bool
+
+
+class Charged(_Entry, frozen=True):
+    """One round of a run."""
+
+    run: Text
+    round: Count
+
+
+Kind = TypeVar("Kind", bound=_Entry)
+Entry = Registered | Content | Accepted | Opened | Charged
+_DECODER: Final = msgspec.json.Decoder(Entry)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How long the ledger was, and the hash of its last entry (32 bytes)."""
+
+    entries: int
+    hash: bytes
+
+    def statement(self) -> bytes:
+        """What a site signs."""
+        return digest("ledger head", self.entries.to_bytes(8, "big"), self.hash)
+
+    def signed(self, key: SigningKey) -> SignedHead:
+        """This head under the site's pinned key."""
+        return SignedHead(self.entries, self.hash, key.sign(self.statement()))
+
+
+class SignedHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A head as it travels and as peers keep it."""
+
+    entries: Annotated[int, Meta(ge=0, le=2**62)]
+    hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+    def check(self, site: str, roster: Roster) -> Head:
+        """The head; ProtocolError unless `site` signed it with the key that the roster pins."""
+        head = Head(self.entries, self.hash)
+        roster.verify(site, self.signature, head.statement())
+        return head
+
+
+@final
+@dataclass(slots=True)
+class _Run:
+    opened: Opened
+    charged: int = 0
+    last_round: int = 0
+
+
+@final
+@dataclass(slots=True)
+class _Book:
+    """What all entries so far come to."""
+
+    length: int = 0
+    hash: bytes = _START
+    datasets: dict[str, Registered] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, _Run] = field(default_factory=dict)
+
+    def add(self, entry: Entry, head: bytes) -> None:
+        self.length, self.hash = self.length + 1, head
+        if isinstance(entry, Charged):
+            run = self.runs[entry.run]
+            run.charged, run.last_round = run.charged + 1, entry.round
+        elif isinstance(entry, Registered):
+            self.datasets[entry.dataset] = entry
+        elif isinstance(entry, Content):
+            self.fingerprints[entry.dataset] = entry.fingerprint
+        elif isinstance(entry, Opened):
+            self.runs[entry.run] = _Run(entry)
+
+    def of(self, dataset: str) -> list[_Run]:
+        return [run for run in self.runs.values() if run.opened.dataset == dataset]
+
+    def epsilon(self, dataset: str, more: Mapping[str, int] | None = None) -> float:
+        """What the data set has spent, with `more` rounds of some runs."""
+        extra, delta = more or {}, self.datasets[dataset].delta
+        counts = [(r.opened, r.charged + extra.get(r.opened.run, 0)) for r in self.of(dataset)]
+        counts = [(opened, count) for opened, count in counts if count]
+        if not counts:
+            return 0.0
+        first = counts[0][0]
+        if first.alone:
+            return _alone(_event(first.event), first.steps * counts[0][1], delta)
+        total = Curve.total((opened.curve, count) for opened, count in counts)
+        return total.epsilon(delta, first.order)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One run's right to charge one data set."""
+
+    ledger: Ledger
+    run: str
+
+    def charge(self, round_number: int) -> Head:
+        """Charge one round, durably. Raises BudgetSpentError, and charges nothing, at the end."""
+        return self.ledger.charge(self.run, round_number)
+
+    def rounds_left(self) -> int:
+        """How many more rounds the budget allows, up to those the run was opened for."""
+        return self.ledger.rounds_left(self.run)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where one data set stands. left: of its epsilon, before any further round."""
+
+    dataset: str
+    purpose: str
+    unit: Unit
+    epsilon: float
+    delta: float
+    spent: float
+    order: float | None
+    alone: bool
+    runs: tuple[RunStanding, ...]
+
+    @property
+    def left(self) -> float:
+        """Of the budget; what one run may still add is less, for costs do not simply add up."""
+        return max(0.0, self.epsilon - self.spent)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunStanding:
+    """One run on a data set: what was asked, and how many rounds were charged."""
+
+    run: str
+    experiment: str
+    opened: str
+    mechanism: str
+    rounds: int
+    epsilon: float
+    charged: int
+
+
+@final
+class Ledger:
+    """The ledger in the SQLite file `path`, made when it does not exist; a context manager.
+
+    Beside it lies `path` with the suffix .key: the secret of the keyed hashes. Every process that
+    opens the ledger reads and checks all of it. Raises CorruptStoreError where it is damaged or its
+    chain is broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._book = _Book()
+        self._entries: list[Entry] = []
+        self._written: list[tuple[Entry, bytes]] = []  # in the transaction under way
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600, exist_ok=True)
+        try:
+            self._connection = sqlite3.connect(
+                path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            # One file that can be copied, and a commit that survives a power cut.
+            self._connection.execute("PRAGMA journal_mode = DELETE")
+            self._connection.execute("PRAGMA synchronous = EXTRA")
+            with self._transaction():
+                pass  # reads and checks what is there
+        except sqlite3.Error as error:
+            raise self._corrupt(error) from None
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
+    @property
+    def head(self) -> Head:
+        """Of everything that was read or written by this process."""
+        return Head(self._book.length, self._book.hash)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every entry, oldest first."""
+        return tuple(self._entries)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The registered data sets."""
+        return tuple(self._book.datasets)
+
+    def register(
+        self,
+        dataset: str,
+        *,
+        unit: Unit,
+        epsilon: float,
+        delta: float,
+        purpose: str,
+        by: str = "",
+    ) -> None:
+        """Register a data set with its budget, or change the budget of one that is there.
+
+        A change is an entry of its own, in the name of `by`. The unit and delta never change, for
+        what was spent was counted in them. Raises ConfigurationError where they would.
+        """
+        with self._transaction():
+            known = self._book.datasets.get(dataset)
+            if known is not None:
+                if (known.unit, known.delta) != (unit, delta):
+                    raise ConfigurationError(
+                        f"data set {dataset!r} is counted in {known.unit}s at delta = "
+                        f"{known.delta:g}: these never change; register new records under a new id"
+                    )
+                if (known.epsilon, known.purpose) == (epsilon, purpose):
+                    return
+                if not by:
+                    raise ConfigurationError(
+                        f"data set {dataset!r} has a budget of epsilon {known.epsilon:g} for "
+                        f"{known.purpose!r}: say who changes it (by)"
+                    )
+            self._append(
+                _checked(Registered, _now(), dataset, unit, float(epsilon), delta, purpose, by)
+            )
+
+    def observe(
+        self, dataset: str, records: Iterable[bytes], *, accepted: tuple[str, str] | None = None
+    ) -> None:
+        """Tell the ledger what a data set holds now: the bytes of each record, or person's name.
+
+        Only keyed hashes are kept. Changed content continues the same budget and is an entry.
+        Raises OverlapError where records are in another data set too, whose budget they would
+        escape, unless a person decided so: accepted = (reason, who), which is an entry.
+        """
+        key = self._key()
+        hashes = {hmac.digest(key, b"record" + record, "sha256")[:16] for record in records}
+        fingerprint = hmac.digest(key, b"content" + b"".join(sorted(hashes)), "sha256").hex()
+        with self._transaction():
+            self._known(dataset)
+            if self._book.fingerprints.get(dataset) == fingerprint:
+                return
+            shared = self._shared(dataset, hashes)
+            if shared:
+                if accepted is None:
+                    raise OverlapError(
+                        f"data set {dataset!r} shares {sum(shared.values())} records with "
+                        f"{', '.join(shared)}: go on under that id, or say who accepts the "
+                        "overlap, and why"
+                    )
+                reason, by = accepted
+                others = tuple(shared)
+                self._append(_checked(Accepted, _now(), dataset, others, reason, by))
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO records VALUES (?, ?)", ((dataset, h) for h in hashes)
+            )
+            self._append(Content(_now(), dataset, fingerprint))
+
+    def open(
+        self,
+        dataset: str,
+        run: str,
+        *,
+        experiment: str,
+        promise: bytes,
+        unit: Unit,
+        per_round: Repeated,
+        rounds: int,
+        epsilon: float,
+    ) -> Account:
+        """Open a run on a data set, or continue one; the account it charges.
+
+        run: a name that no other run has, ever. per_round: what one charged round costs; rounds:
+        how many may be charged, spare ones included; epsilon: what the plan promises for them.
+        Raises ConfigurationError where the units differ, the run was opened under another promise,
+        or the data set was given to another run alone.
+        """
+        with self._transaction():
+            budget = self._known(dataset)
+            event = _counted(per_round.event, unit, budget)
+            known = self._book.runs.get(run)
+            if known is not None:
+                same = (known.opened.dataset, known.opened.promise) == (dataset, promise.hex())
+                if not same:
+                    raise ConfigurationError(
+                        f"run {run!r} was opened on data set {known.opened.dataset!r} under "
+                        "another experiment or plan: put experiment.toml back as it was, or start "
+                        "a new run"
+                    )
+                return Account(self, run)
+            curve = Curve.of([Repeated(event, per_round.times)])
+            order, alone = self._filter(budget, event, per_round.times, curve, rounds)
+            opened = _checked(
+                Opened,
+                _now(),
+                dataset,
+                run,
+                experiment,
+                promise.hex(),
+                unit,
+                _told(event),
+                per_round.times,
+                rounds,
+                float(epsilon),
+                curve,
+                order,
+                alone,
+            )
+            self._append(opened)
+        return Account(self, run)
+
+    def charge(self, run: str, round_number: int) -> Head:
+        """As `Account.charge`. Raises ValueError for a round that does not follow the last one."""
+        with self._transaction():
+            held = self._book.runs[run]
+            opened, budget = held.opened, self._known(held.opened.dataset)
+            if round_number <= held.last_round:
+                raise ValueError(f"round {round_number} does not follow round {held.last_round}")
+            spent = self._book.epsilon(opened.dataset)
+            would = self._book.epsilon(opened.dataset, {run: 1})
+            if would > budget.epsilon:
+                raise BudgetSpentError(
+                    f"data set {opened.dataset!r} has spent epsilon {spent:.3f} of "
+                    f"{budget.epsilon:g}; one more round would bring it to {would:.3f}"
+                )
+            self._append(_checked(Charged, _now(), run, round_number))
+        return self.head
+
+    def rounds_left(self, run: str) -> int:
+        """As `Account.rounds_left`."""
+        with self._transaction():
+            held = self._book.runs[run]
+            budget = self._known(held.opened.dataset)
+            low, high = 0, max(0, held.opened.rounds - held.charged)
+            while low < high:  # the most rounds that still fit
+                middle = (low + high + 1) // 2
+                if self._book.epsilon(held.opened.dataset, {run: middle}) <= budget.epsilon:
+                    low = middle
+                else:
+                    high = middle - 1
+        return low
+
+    def charged(self, run: str) -> int:
+        """How many rounds of a run were charged; 0 where it was never opened."""
+        held = self._book.runs.get(run)
+        return held.charged if held else 0
+
+    def epsilon(self, dataset: str) -> float:
+        """What the data set has spent, at its delta."""
+        self._known(dataset)
+        return self._book.epsilon(dataset)
+
+    def standing(self, dataset: str) -> Standing:
+        """Where a data set stands."""
+        budget, runs = self._known(dataset), self._book.of(dataset)
+        return Standing(
+            dataset=dataset,
+            purpose=budget.purpose,
+            unit=budget.unit,
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            spent=self._book.epsilon(dataset),
+            order=runs[0].opened.order if runs else None,
+            alone=any(run.opened.alone for run in runs),
+            runs=tuple(
+                RunStanding(
+                    run=r.opened.run,
+                    experiment=r.opened.experiment,
+                    opened=r.opened.at,
+                    mechanism=str(r.opened.event["mechanism"]),
+                    rounds=r.opened.rounds,
+                    epsilon=r.opened.epsilon,
+                    charged=r.charged,
+                )
+                for r in runs
+            ),
+        )
+
+    def verify(self, kept: Head) -> None:
+        """CorruptStoreError unless this ledger contains the head that somebody kept.
+
+        The chain itself is checked whenever a ledger is opened.
+        """
+        if kept.entries > self._book.length:
+            raise CorruptStoreError(
+                f"{self._path} has {self._book.length} entries, but its site signed a head of "
+                f"{kept.entries}: entries were taken out, or an older copy was put back"
+            )
+        held = _START
+        if kept.entries:
+            row = self._connection.execute(
+                "SELECT head FROM entries WHERE number = ?", (kept.entries,)
+            ).fetchone()
+            held = bytes(row[0])
+        if not hmac.compare_digest(held, kept.hash):
+            raise CorruptStoreError(
+                f"{self._path}: entry {kept.entries} or one before it is not what its site signed: "
+                "the ledger was edited or replaced"
+            )
+
+    def keep(self, heads: Mapping[str, SignedHead]) -> None:
+        """Keep what peers signed of their ledgers, whose signatures the caller has checked."""
+        rows = [(site, told.entries, told.hash, told.signature) for site, told in heads.items()]
+        with self._transaction():
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO heads VALUES (?, ?, ?, ?, NULL)", rows
+            )
+
+    def kept(self) -> dict[str, tuple[SignedHead, ...]]:
+        """The heads of each peer's ledger, in the order in which they first came.
+
+        One ledger only grows. A head that is not longer than an earlier one, and not equal to it,
+        shows that the peer's ledger was rolled back or forked.
+        """
+        found: dict[str, list[SignedHead]] = {}
+        rows = self._connection.execute(
+            "SELECT site, entries, hash, signature FROM heads ORDER BY number"
+        )
+        for site, length, hashed, signature in rows:
+            found.setdefault(site, []).append(SignedHead(length, hashed, signature))
+        return {site: tuple(heads) for site, heads in found.items()}
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, durable at the end; others wait. Inside, the book is up to date."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._migrate()
+                self._read()
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+            for entry, head in self._written:
+                self._take(entry, head)
+        except sqlite3.Error as error:
+            raise self._corrupt(error) from None
+        finally:
+            self._written.clear()
+
+    def _read(self) -> None:
+        """Take in what other processes wrote since, and check its chain."""
+        rows = self._connection.execute(
+            "SELECT number, body, head FROM entries WHERE number > ? ORDER BY number",
+            (self._book.length,),
+        )
+        for number, body, head in rows:
+            follows = number == self._book.length + 1
+            try:
+                if not follows or head != _chained(self._book.hash, body):
+                    raise ValueError("the chain is broken")
+                self._take(_DECODER.decode(body), head)
+            except (msgspec.MsgspecError, TypeError, ValueError, KeyError):
+                raise CorruptStoreError(
+                    f"{self._path}: entry {number} does not follow from the one before it: the "
+                    "ledger was edited or damaged; restore it from a copy"
+                ) from None
+
+    def _append(self, entry: Entry) -> None:
+        before = self._written[-1][1] if self._written else self._book.hash
+        body = msgspec.json.encode(entry)
+        head, number = _chained(before, body), self._book.length + len(self._written) + 1
+        self._connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, body, head))
+        self._written.append((entry, head))
+
+    def _take(self, entry: Entry, head: bytes) -> None:
+        self._book.add(entry, head)
+        self._entries.append(entry)
+
+    def _known(self, dataset: str) -> Registered:
+        if dataset not in self._book.datasets:
+            known = ", ".join(self._book.datasets) or "none"
+            raise ConfigurationError(
+                f"{self._path} has no data set {dataset!r} (it has {known}): register it first"
+            )
+        return self._book.datasets[dataset]
+
+    def _shared(self, dataset: str, hashes: set[bytes]) -> dict[str, int]:
+        """How many of `hashes` each other data set ever held, where it is any."""
+        found: dict[str, int] = {}
+        for hashed in hashes:
+            rows = self._connection.execute(
+                "SELECT dataset FROM records WHERE hash = ? AND dataset != ?", (hashed, dataset)
+            )
+            for (other,) in rows:
+                found[other] = found.get(other, 0) + 1
+        return found
+
+    def _filter(
+        self, budget: Registered, event: Event, steps: int, curve: Curve, rounds: int
+    ) -> tuple[float, bool]:
+        """The order of the data set's filter, and whether a run has the data set to itself."""
+        earlier = self._book.of(budget.dataset)
+        if any(run.opened.alone for run in earlier):
+            raise ConfigurationError(
+                f"data set {budget.dataset!r} was given to run {earlier[0].opened.run!r} alone, "
+                "which fits its budget by the tightest accountant only: no other run can use it"
+            )
+        if earlier:
+            return earlier[0].opened.order, False
+        order = _order(curve, budget)
+        if Curve.total([(curve, rounds)]).epsilon(budget.delta, order) <= budget.epsilon:
+            return order, False
+        return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
+
+    def _key(self) -> bytes:
+        """The secret of the keyed hashes, made when it does not exist."""
+        path = self._path.with_suffix(".key")
+        with contextlib.suppress(FileExistsError):
+            store.write_secret(path, os.urandom(32))
+        key = path.read_bytes()
+        if len(key) != 32:
+            raise CorruptStoreError(f"{path} is damaged: restore it from a copy")
+        return key
+
+    def _migrate(self) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise ConfigurationError(
+                f"{self._path} was written by a newer securefl (version {version} of the ledger): "
+                "install that one"
+            )
+        if version < 1:
+            for statement in _TABLES:
+                self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _corrupt(self, error: sqlite3.Error) -> Exception:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            return ConfigurationError(f"{self._path} is in use by another process: wait for it")
+        return CorruptStoreError(f"{self._path} cannot be used: {error}; restore it from a copy")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _checked(kind: Callable[..., Kind], *fields: Any) -> Kind:
+    """An entry with fields as its types want them; ConfigurationError names one that is not."""
+    entry = kind(*fields)
+    try:
+        msgspec.json.decode(msgspec.json.encode(entry), type=type(entry))
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"the ledger takes no such entry: {error}") from None
+    return entry
+
+
+def _chained(before: bytes, body: bytes) -> bytes:
+    """SHA-256 of the hash before (32 bytes) and of the entry."""
+    return hashlib.sha256(_LABEL + before + body).digest()
+
+
+def _counted(event: Event, unit: Unit, budget: Registered) -> Event:
+    """The event as the data set's unit sees it; ConfigurationError where nothing is proven.
+
+    Who replaces one site's update by zero moves the sum by at most the sensitivity; who changes one
+    record (or person) replaces an update by another, which is twice as far.
+    """
+    if unit == budget.unit:
+        return event
+    if unit == "site" and isinstance(event, accounting.DiscreteGaussianSum):
+        moved, fields = 2 * event.sensitivity, dataclasses.asdict(event)
+        return accounting.PoissonDiscreteGaussianSum(**fields | {"sensitivity": moved, "rate": 1.0})
+    raise ConfigurationError(
+        f"data set {budget.dataset!r} counts {budget.unit}s, but the run protects {unit}s: use "
+        f'privacy.unit = "{budget.unit}"'
+    )
+
+
+_EVENTS: Final = {kind.__name__: kind for kind in Event.__args__}
+
+
+def _told(event: Event) -> dict[str, str | float | int]:
+    return {"mechanism": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def _event(told: Mapping[str, str | float | int]) -> Event:
+    fields = {key: value for key, value in told.items() if key != "mechanism"}
+    event: Event = _EVENTS[str(told["mechanism"])](**fields)
+    return event
+
+
+def _alone(event: Event, times: int, delta: float) -> float:
+    return accounting.epsilon([Repeated(event, times)], delta)
+
+
+def _order(curve: Curve, budget: Registered) -> float:
+    """The order at which most rounds of `curve` fit the budget."""
+    low, high = 1e-9, 1e9  # rounds, on a logarithmic scale
+    while high > low * 1.01:
+        middle = (low * high) ** 0.5
+        rounds = Curve.total([(curve, middle)])
+        order = rounds.best_order(budget.delta)
+        if rounds.epsilon(budget.delta, order) <= budget.epsilon:
+            low = middle
+        else:
+            high = middle
+    return Curve.total([(curve, low)]).best_order(budget.delta)
