@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,15 +25,12 @@ from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, printable
+from securefl.privacy.ledger import Account, BudgetSpentError, SignedHead
 from securefl.privacy.training import Trainer
 from securefl.replicas import PHASES as REPLICA_PHASES
 from securefl.replicas import Replica, Replicas, Standing
 from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import SiteStore
-
-
-class BudgetSpentError(Exception):
-    """The next round would cost more than the plan promises."""
 
 
 @dataclass(slots=True)
@@ -45,13 +42,14 @@ class _Round:
     base: Standing | None
     protocol_state: Any
     training: Randomness
-    said: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    said: dict[str, tuple[bytes, Answer]] = field(default_factory=dict)
 
 
 class Client:
     """The process that acts for one site. Its records leave it only through `answer`.
 
-    Raises ConfigurationError when its own records do not fit the experiment.
+    account: of the site's ledger; every round under a plan is charged to it too. Raises
+    ConfigurationError when its own records do not fit the experiment.
     """
 
     def __init__(
@@ -61,6 +59,7 @@ class Client:
         session: bytes,
         table: Table,
         store: SiteStore,
+        account: Account | None = None,
     ) -> None:
         name = identity.name
         check_records(name, table, experiment)
@@ -68,6 +67,7 @@ class Client:
         self._identity = identity
         self._session = session
         self._store = store
+        self._account = account
         self._protocol = PROTOCOLS[experiment.protocol.name]
         self._thresholds = agreement.thresholds(experiment, len(identity.roster))
         self._weight = _weight(name, table, experiment)
@@ -109,18 +109,20 @@ class Client:
         """
         try:
             with self._turn:
-                return Answer(self._answer(Request.from_bytes(data), data)).to_bytes()
+                return self._answer(Request.from_bytes(data), data).to_bytes()
         except BudgetSpentError as error:
             return Refusal("budget", printable(str(error))).to_bytes()
         except ProtocolError as error:
             return Refusal("request", printable(str(error))).to_bytes()
 
-    def _answer(self, request: Request, data: bytes) -> bytes:
+    def _answer(self, request: Request, data: bytes) -> Answer:
         if request.session != self._session:
             raise RefusedError("the request belongs to another session")
         if self._replicas is not None and request.phase in REPLICA_PHASES:
             # These open, sign and charge nothing of a round: asked again they may answer anew.
-            return self._replicas.answer(request.phase, request.round, request.body, os.urandom)
+            return Answer(
+                self._replicas.answer(request.phase, request.round, request.body, os.urandom)
+            )
         if self._round is None or request.round > self._round.number:
             self._round = self._enter(request)
         current = self._round
@@ -128,10 +130,10 @@ class Client:
             raise RefusedError(f"round {request.round} is over: round numbers only grow")
         asked = hashlib.sha256(data).digest()
         if request.phase in current.said:
-            before, reply = current.said[request.phase]
+            before, answer = current.said[request.phase]
             if asked != before:
                 raise RefusedError(f"phase {request.phase} was answered to another request")
-            return reply
+            return answer
         slots = self._contribute(current) if request.phase == UPLOAD else None
         state = current.protocol_state
         if request.phase == OPEN and isinstance(state, self._protocol.accepts.get(OPEN, ())):
@@ -143,8 +145,12 @@ class Client:
         if isinstance(current.protocol_state, Revealed):
             self._move(current, current.protocol_state)
             current.protocol_state = None
-        current.said[request.phase] = (asked, reply)
-        return reply
+        head = None
+        if self._account is not None and request.phase == UPLOAD:
+            head = self._account.ledger.head.signed(self._identity.key)
+        answer = Answer(reply, head)
+        current.said[request.phase] = (asked, answer)
+        return answer
 
     def _move(self, current: _Round, revealed: Revealed) -> None:
         """Apply the aggregate that this site opened; the new copy is durable on return."""
@@ -160,6 +166,7 @@ class Client:
     def _enter(self, request: Request) -> _Round:
         if request.round <= self._store.last_round:
             raise RefusedError(f"round {request.round} was entered before: take a new number")
+        self._keep(request.heads)
         base = None
         if self._replicas is None:
             model = GlobalState.from_message(request.model, self._size)
@@ -186,10 +193,18 @@ class Client:
         )
         return _Round(request.round, model, base, expected, training)
 
+    def _keep(self, heads: Mapping[str, SignedHead]) -> None:
+        """Keep what peers signed of their ledgers, so that one who alters a ledger shows."""
+        for site, told in heads.items():
+            told.check(site, self._identity.roster)
+        if self._account is not None and heads:
+            self._account.ledger.keep(heads)
+
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
         """Train and encode when the protocol asks for the first slot, after it checked the rest."""
         if self._plan is not None:
-            if current.number <= self._store.last_charged:
+            charged = self._account.last_round if self._account else 0
+            if current.number <= max(self._store.last_charged, charged):
                 raise RefusedError(f"round {current.number} was charged before")
             spend = self._plan.spent(self._store.charged + 1)
             if not self._plan.affords(self._store.charged + 1):
@@ -197,7 +212,7 @@ class Client:
                     f"{self.name}: one more round would bring epsilon to {spend:.3f}, "
                     f"above the promised {self._plan.epsilon:g}"
                 )
-            self._store.charge(current.number)
+            self._charge(current.number)
         model = current.model
         if isinstance(self._encoding, Integers):
             noised = self._trainer.noised_sum(model.weights, model.mask, current.training)
@@ -212,6 +227,15 @@ class Client:
                 f"{self.name}: local training diverged; lower training.learning_rate"
             ) from None
         yield from slots
+
+    def _charge(self, round_number: int) -> None:
+        """Charge the ledger, then this run's own count: a crash between leaves the ledger ahead."""
+        if self._account is not None:
+            try:
+                self._account.charge(round_number)
+            except BudgetSpentError as error:
+                raise BudgetSpentError(f"{self.name}: {error}") from None
+        self._store.charge(round_number)
 
 
 def check_records(name: str, table: Table, experiment: Experiment) -> None:

@@ -8,23 +8,34 @@ import msgspec
 from msgspec import Meta
 
 from protocols.errors import MalformedMessageError
-from protocols.messages import Message, SessionId
+from protocols.messages import Message, SessionId, SiteName
+from securefl.privacy.ledger import SignedHead
+
+MOST_HEADS = 16
+"""How many peers' heads a request carries at most."""
 
 
 class Request(Message, frozen=True):
-    """S -> C: one phase of one round. `model`: a `ModelMessage`, in the first phase only."""
+    """S -> C: one phase of one round.
+
+    In the first phase only: model, a `ModelMessage`; heads, of some peers' ledgers, by site.
+    """
 
     session: SessionId
     round: Annotated[int, Meta(ge=1, le=2**62)]
     phase: Annotated[str, Meta(max_length=32)]
     body: bytes
     model: bytes = b""
+    heads: Annotated[dict[SiteName, SignedHead], Meta(max_length=MOST_HEADS)] = msgspec.field(
+        default_factory=dict
+    )
 
 
 class Answer(Message, frozen=True):
-    """C -> S: the protocol's reply."""
+    """C -> S: the protocol's reply. head: of the site's ledger after the round was charged."""
 
     body: bytes
+    head: SignedHead | None = None
 
 
 class Refusal(Message, frozen=True):

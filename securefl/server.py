@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.encoding import Aggregate
-from protocols.errors import MalformedMessageError, ProtocolError, RoundAbortedError
+from protocols.errors import ProtocolError, RoundAbortedError
 from protocols.identity import Roster
 from protocols.messages import Begin
 from protocols.rounds import Cohort, Part
 from securefl import agreement, replicas
 from securefl.config import Experiment
 from securefl.engines import Exchange
-from securefl.messages import Answer, Refusal, Request, parse_reply, printable
+from securefl.messages import MOST_HEADS, Answer, Refusal, Request, parse_reply, printable
+from securefl.privacy.ledger import SignedHead
 from securefl.privacy.plan import Plan
 from securefl.replicas import Standing, Whereabouts
 from securefl.state import GlobalState
@@ -73,6 +74,7 @@ class Server:
         self._session = session
         self._exchange = exchange
         self._entered = entered
+        self._heads: dict[str, SignedHead] = {}
         self._encoding = agreement.encoding(experiment, len(roster), plan)
         self._thresholds = agreement.thresholds(experiment, len(roster))
         bound = replicas.context(session, experiment.digest())
@@ -104,7 +106,7 @@ class Server:
         try:
             requests = next(steps)
             while True:
-                model = state.to_message() if requests.phase == protocol.phases[0] else b""
+                model = state.to_message() if requests.phase == protocol.phases[0] else None
                 replies = self._ask(number, requests.phase, requests.messages, model, traffic)
                 refusals |= {s: r for s, r in replies.items() if isinstance(r, Refusal)}
                 bodies = {s: r.body for s, r in replies.items() if isinstance(r, Answer)}
@@ -153,14 +155,17 @@ class Server:
         number: int,
         phase: str,
         messages: Mapping[str, bytes],
-        model: bytes,
+        model: bytes | None,
         traffic: Traffic,
     ) -> dict[str, Answer | Refusal]:
+        """Send one phase's messages, in the first phase with the `model`; the replies."""
         self._entered(number, phase)
-        wire = {
-            site: Request(self._session, number, phase, body, model).to_bytes()
-            for site, body in messages.items()
-        }
+        wire = {}
+        for site, body in messages.items():
+            request = Request(self._session, number, phase, body)
+            if model is not None:
+                request = Request(self._session, number, phase, body, model, self._witnessed(site))
+            wire[site] = request.to_bytes()
         started = time.perf_counter()
         answers = self._exchange(phase, wire)
         traffic.seconds[phase] += time.perf_counter() - started
@@ -171,7 +176,18 @@ class Server:
             if phase == UPLOAD:
                 traffic.upload_bytes[site] = len(data)
             try:
-                replies[site] = parse_reply(data)
-            except MalformedMessageError as error:
-                replies[site] = Refusal("request", printable(str(error)))
+                reply = parse_reply(data)
+                if isinstance(reply, Answer) and reply.head is not None:
+                    reply.head.check(site, self._roster)
+                    self._heads[site] = reply.head
+            except ProtocolError as error:
+                reply = Refusal("request", printable(str(error)))
+            replies[site] = reply
         return replies
+
+    def _witnessed(self, site: str) -> dict[str, SignedHead]:
+        """The heads that `site` is to keep: the newest of those who follow it in the roster."""
+        names = tuple(self._roster)
+        after = names.index(site) + 1
+        peers = (*names[after:], *names[: after - 1])[:MOST_HEADS]
+        return {peer: self._heads[peer] for peer in peers if peer in self._heads}

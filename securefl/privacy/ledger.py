@@ -158,7 +158,7 @@ class Head:
         return SignedHead(self.entries, self.hash, key.sign(self.statement()))
 
 
-class SignedHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SignedHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A head as it travels and as peers keep it."""
 
     entries: Annotated[int, Meta(ge=0, le=2**62)]
@@ -231,6 +231,11 @@ class Account:
     def charge(self, round_number: int) -> Head:
         """Charge one round, durably. Raises BudgetSpentError, and charges nothing, at the end."""
         return self.ledger.charge(self.run, round_number)
+
+    @property
+    def last_round(self) -> int:
+        """The highest round number that was charged; 0 at first."""
+        return self.ledger.last_round(self.run)
 
     def rounds_left(self) -> int:
         """How many more rounds the budget allows, up to those the run was opened for."""
@@ -479,6 +484,11 @@ class Ledger:
         """How many rounds of a run were charged; 0 where it was never opened."""
         held = self._book.runs.get(run)
         return held.charged if held else 0
+
+    def last_round(self, run: str) -> int:
+        """The highest round number that was charged to a run; 0 where none was."""
+        held = self._book.runs.get(run)
+        return held.last_round if held else 0
 
     def epsilon(self, dataset: str) -> float:
         """What the data set has spent, at its delta."""
