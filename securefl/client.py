@@ -25,6 +25,7 @@ from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, printable
+from securefl.privacy.rotation import Rotation
 from securefl.privacy.training import Trainer
 from securefl.replicas import PHASES as REPLICA_PHASES
 from securefl.replicas import Replica, Replicas, Standing
@@ -43,6 +44,7 @@ class _Round:
     number: int
     model: GlobalState
     base: Standing | None
+    rotation: Rotation | None
     protocol_state: Any
     training: Randomness
     said: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
@@ -151,6 +153,8 @@ class Client:
         if self._replicas is None or current.base is None:
             raise ValueError("an aggregate to keep, and no copy of the model to move by it")
         mean = revealed.aggregate.mean
+        if current.rotation is not None:
+            mean = current.rotation.restore(mean)
         try:
             moved = apply(current.model, mean, self._rule, self._layout, self._experiment)
         except DivergedError as error:
@@ -171,6 +175,8 @@ class Client:
             training = agreement.reproducible_randomness(
                 self._experiment.not_private_seed, self.name, model.update
             )
+        length = model.surviving
+        rotation = agreement.rotation(self._experiment, self._plan, model.update, length)
         expected = Expected(
             identity=self._identity,
             session=self._session,
@@ -178,13 +184,13 @@ class Client:
             binding=agreement.binding(self._experiment, base or model, self._encoding),
             minimum=self._thresholds.minimum,
             encoding=self._encoding,
-            length=model.surviving,
+            length=length,
             tolerated=agreement.tolerated(self._experiment),
             degree=self._thresholds.degree,
             reveal=self._experiment.protocol.reveal,
             weights=agreement.public_weights(self._experiment),
         )
-        return _Round(request.round, model, base, expected, training)
+        return _Round(request.round, model, base, rotation, expected, training)
 
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
         """Train and encode when the protocol asks for the first slot, after it checked the rest."""
@@ -200,7 +206,9 @@ class Client:
             self._store.charge(current.number)
         model = current.model
         if isinstance(self._encoding, Integers):
-            noised = self._trainer.noised_sum(model.weights, model.mask, current.training)
+            noised = self._trainer.noised_sum(
+                model.weights, model.mask, current.training, current.rotation
+            )
             yield from self._encoding.encode(noised)
             return
         update = self._trainer.update(model.weights, model.mask, current.training)

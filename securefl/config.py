@@ -190,7 +190,8 @@ class Privacy(Section):
 class SitePrivacy(Section):
     """Each site's whole update protected, by noise that only the sum over the sites has enough of.
 
-    The update of any local training is clipped to L2 norm `clip`.
+    The update of any local training is clipped to L2 norm `clip`. Where it takes fewer bits, sites
+    rotate their updates first, by a rotation that is public; that needs no key.
     """
 
     unit: Literal["site"]

@@ -301,13 +301,17 @@ class SiteDistributed:
     A site trains as it likes, clips its update to L2 norm `clip` (`integers.clipped_sum` of one
     row), rounds it to the grid until its norm is at most `sensitivity`
     (`integers.conditionally_rounded`), adds N_Z(0, deviation^2) to every coordinate, and uploads it
-    under secagg or masked-bfv (Kairouz, Liu and Steinke 2021, algorithm 1).
+    under secagg or masked-bfv (Kairouz, Liu and Steinke 2021, algorithm 1). Where that narrows the
+    fields, the update is rotated before it is clipped (`rotation.Rotation`), and the mean rotated
+    back.
 
     units, deviation, dimension: as in `RecordDistributed`.
 
     Formal Guarantees: against an observer as in `RecordDistributed`, all the rounds that a site is
     charged for are (spent(rounds, observer), delta)-differentially private under replacing its
-    updates by zero: that a site takes part is no secret. This covers every record of the site.
+    updates by zero: that a site takes part is no secret. This covers every record of the site. A
+    public rotation is a map of a site's own update before its norm is bounded: nothing here rests
+    on it.
     """
 
     epsilon: float
@@ -385,13 +389,17 @@ class SiteDistributed:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
         return self.spent(rounds) <= self.epsilon
 
-    def field_bits(self, overflow: float) -> int:
+    def field_bits(self, overflow: float, spread: int | None = None) -> int:
         """Signed bits of one coordinate of the sum, wrapping with probability at most `overflow`.
 
-        Per coordinate and round, even if every site puts its whole clip into that coordinate.
+        Per coordinate and round, even if every site puts its whole clip into one coordinate of its
+        update. spread: over how many coordinates at least a public random rotation spreads each of
+        them (`rotation.block`); None without one.
         """
         sites = self.cohort.sites
-        return _field_bits(sites, overflow, self.units, self.deviation, sites)
+        if spread is None:
+            return _field_bits(sites, overflow, self.units, self.deviation, sites)
+        return _rotated_field_bits(spread, overflow, self.units, self.deviation, sites)
 
     @property
     def signal_to_noise(self) -> float:
@@ -456,4 +464,24 @@ def _field_bits(signal: float, overflow: float, units: int, deviation: float, si
         )
     noise = deviation * math.sqrt(2 * sites * math.log(2 / overflow))
     reach = signal * units / (1 << integers.FINE_BITS) + sites + noise
+    return math.ceil(reach).bit_length() + 1
+
+
+def _rotated_field_bits(
+    spread: int, overflow: float, units: int, deviation: float, sites: int
+) -> int:
+    """As `_field_bits`, where a rotation spreads n updates of norm `units` over `spread`.
+
+    Rotations are linear: a coordinate of the rotated sum, whose norm is n clips at most, is
+    sub-Gaussian with variance (n clip)^2 / spread (`rotation.Rotation`), and independent of the
+    noise, so that variances add up. A site's rounding adds less than 1, the fine grid 2^-16, and
+    float64 far less.
+    """
+    if not (spread >= 1 and 0 < overflow < 1):
+        raise ValueError(
+            f"spread = {spread}, overflow = {overflow}: use spread >= 1 and 0 < overflow < 1"
+        )
+    clips = sites * units / (1 << integers.FINE_BITS)
+    variance = clips**2 / spread + sites * deviation**2
+    reach = math.sqrt(2 * variance * math.log(2 / overflow)) + sites * (1 + 2.0**-15)
     return math.ceil(reach).bit_length() + 1

@@ -23,12 +23,14 @@ class Preview:
     signal_to_noise: an expected batch of clipped gradients, all alike (or all sites' updates), over
         the norm of all noise in one round: below 1 little is learned in a round.
     field_bits: bits of one coordinate of the sum; bytes_up: of an upload, a parameter.
+    rotated: whether updates are rotated, which takes fewer bits.
     """
 
     noise_multiplier: float
     signal_to_noise: float
     field_bits: int
     bytes_up: float
+    rotated: bool
     epsilon: Mapping[Observer, float]
 
 
@@ -46,6 +48,7 @@ def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
         signal_to_noise=_signal_to_noise(plan, sites, parameters),
         field_bits=encoding.field_bits,
         bytes_up=_upload_bytes(experiment, encoding, sites, parameters) / parameters,
+        rotated=agreement.rotates(experiment, plan),
         epsilon={who: plan.spent(experiment.rounds, who) for who in Observer},
     )
 

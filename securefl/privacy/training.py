@@ -22,6 +22,7 @@ from securefl import config, models
 from securefl.data import Table
 from securefl.privacy import integers
 from securefl.privacy.plan import Plan, RecordDistributed, RecordLocal, SiteDistributed
+from securefl.privacy.rotation import Rotation
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -96,19 +97,26 @@ class Trainer:
         ]
 
     def noised_sum(
-        self, weights: NDArray[np.float32], mask: NDArray[np.bool_], randomness: Randomness
+        self,
+        weights: NDArray[np.float32],
+        mask: NDArray[np.bool_],
+        randomness: Randomness,
+        rotation: Rotation | None = None,
     ) -> NDArray[np.int64]:
         """This site's share of a distributed mechanism, int64[surviving weights], in grid units.
 
         Against the gradient, so that adding it descends. Under a `RecordDistributed` plan one
         Poisson-sampled step of clipped gradients; under a `SiteDistributed` one the clipped update
-        of whole local training. With this site's noise in it; only sums may be seen.
+        of whole local training, rotated first where there is a `rotation` of the surviving weights.
+        With this site's noise in it; only sums may be seen.
         """
         plan = self._plan
         if isinstance(plan, SiteDistributed):
-            update = torch.from_numpy(self._trained(weights, mask, None, randomness)[None, mask])
+            update = self._trained(weights, mask, None, randomness)[mask].astype(np.float64)
+            if rotation is not None:
+                update = rotation.rotate(update)
             seed = Seed.draw(randomness)
-            fine = integers.clipped_sum([update], plan.clip, plan.units)
+            fine = integers.clipped_sum([torch.from_numpy(update[None])], plan.clip, plan.units)
             rounding = Keystream(seed, "rounding")
             total = integers.conditionally_rounded(fine, plan.sensitivity, rounding)
         elif isinstance(plan, RecordDistributed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -104,8 +105,8 @@ def given(monkeypatch) -> Iterator[list[np.ndarray]]:
     seen: list[np.ndarray] = []
     real = Trainer.noised_sum
 
-    def noted(self, weights, mask, randomness):
-        seen.append(real(self, weights, mask, randomness))
+    def noted(self, *arguments):
+        seen.append(real(self, *arguments))
         return seen[-1]
 
     monkeypatch.setattr(Trainer, "noised_sum", noted)
@@ -280,6 +281,83 @@ def _slots(reply: bytes, encoding: Integers) -> np.ndarray:
     return unpack(packed, encoding.slots(8), encoding.plain_bits)
 
 
+# --- rotated updates -----------------------------------------------------------------------------
+
+WIDE = ("model.name=mlp", "model.hidden=[200]", "privacy.epsilon=150.0")
+"""1,202 parameters: rotated, a site's clip is spread over 1,024 of them."""
+
+
+def test_rotation_is_used_exactly_where_it_narrows_the_fields(trial):
+    for overrides, expected in (
+        ((), False),  # eight parameters: Hoeffding's bound over eight says nothing
+        (WIDE, True),
+        ((*WIDE, "pruning.sparsity=0.5"), True),
+        ((*WIDE, "pruning.sparsity=0.99"), False),  # the fields must hold the last rounds as well
+    ):
+        experiment = trial("site", *overrides)
+        plan = simulation.assemble(experiment).plan
+        assert agreement.rotates(experiment, plan) == expected
+        plain = plan.field_bits(agreement.OVERFLOW)
+        field = agreement.encoding(experiment, 4, plan).field_bits
+        assert (field < plain) == expected
+        assert field <= plain
+        assert (agreement.rotation(experiment, plan, 0, 10) is not None) == expected
+    records = trial("record", "model.name=mlp", "model.hidden=[200]")
+    assert not agreement.rotates(records, simulation.assemble(records).plan)
+    assert not agreement.rotates(records, None)
+
+
+def test_every_update_has_a_rotation_of_its_own_and_all_sites_the_same(trial):
+    experiment = trial("site", *WIDE)
+    plan = simulation.assemble(experiment).plan
+    made = [agreement.rotation(experiment, plan, update, 1202) for update in range(20)]
+    assert len({rotation.material for rotation in made}) == 20
+    other = experiment.model_copy(update={"seed": 1})
+    assert agreement.rotation(other, plan, 0, 1202) not in made
+    assert agreement.rotation(trial("site", *WIDE), plan, 3, 1202) == made[3]
+
+
+def test_rotated_updates_come_back_as_the_mean_of_the_clipped_ones(
+    trial, tmp_path, given, monkeypatch
+):
+    """What is sent is rotated; what the server gets is not, and has the stated noise."""
+    updates: list[np.ndarray] = []
+    real = Trainer._trained
+
+    def trained(self, *arguments):
+        updates.append(real(self, *arguments).astype(np.float64))
+        return updates[-1].astype(np.float32)
+
+    monkeypatch.setattr(Trainer, "_trained", trained)
+    experiment = trial("site", *WIDE, "not_private_seed=3", "protocol.name=plain")
+    means = [np.frombuffer(mean) for _, mean in played(experiment, tmp_path / "run", rounds=2)]
+    plan = simulation.assemble(experiment).plan
+    for number, mean in enumerate(means):
+        mine = slice(4 * number, 4 * number + 4)
+        clipped = [u * min(1.0, plan.clip / np.linalg.norm(u)) for u in updates[mine]]
+        expected = np.mean(clipped, axis=0)
+        noise = plan.grid * math.hypot(plan.deviation, 0.5) / math.sqrt(4)  # 0.5: of rounding
+        assert 0.9 * plan.grid * plan.deviation / 2 < (mean - expected).std() < 1.1 * noise
+        sent = sum(given[mine]) * plan.grid / 4
+        assert np.linalg.norm(sent - expected) > 0.5 * np.linalg.norm(expected)
+        rotation = agreement.rotation(experiment, plan, number, 1202)
+        np.testing.assert_array_equal(rotation.restore(sent), mean)
+
+
+@pytest.mark.parametrize("more", [(), ("pruning.sparsity=0.5", "pruning.schedule=one-shot")])
+def test_rotated_runs_agree_bit_for_bit_whoever_opens(trial, tmp_path, more):
+    """Under plain, where the server opens masked-bfv's sum, and where each site opens its own."""
+    seeded = (*WIDE, *more, "not_private_seed=3", "rounds=2")
+    ways = ("name=plain", "name=masked-bfv", "name=secagg", "reveal=sites")
+    models_ = []
+    for way in ways:
+        name = () if way.startswith("name") else ("protocol.name=masked-bfv",)
+        experiment = trial("site", *seeded, *name, f"protocol.{way}")
+        assert agreement.rotates(experiment, simulation.assemble(experiment).plan)
+        models_.append(model(run(experiment, tmp_path / way).directory))
+    assert len(set(models_)) == 1
+
+
 # --- what is public ------------------------------------------------------------------------------
 
 
@@ -373,13 +451,13 @@ def test_the_charge_is_on_disk_before_a_record_is_read(trial, bench, monkeypatch
     on_disk: list[int] = []
     real = Trainer.noised_sum
 
-    def watched(self, weights, mask, randomness):
+    def watched(self, weights, mask, randomness, *more):
         def drawing(size: int) -> bytes:
             on_disk.append(SiteStore(made.folder / "south").charged)
             return randomness(size)
 
         on_disk.append(SiteStore(made.folder / "south").charged)
-        return real(self, weights, mask, drawing)
+        return real(self, weights, mask, drawing, *more)
 
     monkeypatch.setattr(Trainer, "noised_sum", watched)
     assert SiteStore(made.folder / "south").charged == 0

@@ -229,3 +229,30 @@ def test_a_sites_field_holds_every_site_at_its_clip(site_plan):
     noise = site_plan.deviation * math.sqrt(2 * 20 * math.log(2e9))
     assert 20 * site_plan.units / 2**16 + 20 + noise <= (1 << (bits - 1)) - 1
     assert site_plan.signal_to_noise > 0
+
+
+@pytest.mark.parametrize("overflow", [1e-3, 2.0**-40])
+@pytest.mark.parametrize(("sites", "deviation"), [(5, 2.0), (100, 2.0), (100, 300.0)])
+def test_a_rotated_field_holds_rotation_rounding_and_noise_together(sites, deviation, overflow):
+    """One coordinate is a sum of signs and of Gaussians: against its tail, written out."""
+    plan = dataclasses.replace(
+        SiteDistributed.calibrate(8.0, 1e-5, 2.0, 10, Cohort(sites, sites, 1), 2000),
+        deviation=deviation,
+    )
+    bits = plan.field_bits(overflow, 1024)
+    largest = (1 << (bits - 1)) - 1
+    clips, noise = sites * plan.units / 2**16, math.sqrt(sites) * deviation
+    spread = math.hypot(clips / math.sqrt(1024), noise)
+    reach = spread * math.sqrt(2 * math.log(2 / overflow)) + sites
+    assert largest / 2 - 1 < reach * 1.001
+    assert reach <= largest
+    assert math.erfc((largest - sites) / spread / math.sqrt(2)) <= overflow
+    assert bits < plan.field_bits(overflow)
+    with pytest.raises(ValueError, match="spread"):
+        plan.field_bits(overflow, 0)
+
+
+def test_a_rotation_that_spreads_over_little_takes_more_bits_than_none(site_plan):
+    """Hoeffding's bound says nothing there: the plain bound is the exact one."""
+    quiet = dataclasses.replace(site_plan, deviation=2.0)
+    assert quiet.field_bits(1e-12, 1) > quiet.field_bits(1e-12)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from protocols.bfv import Parameters
 from securefl import agreement, cli, config
 from securefl.config import ConfigurationError
-from securefl.privacy.plan import Observer
+from securefl.privacy.plan import Observer, SiteDistributed
 from securefl.privacy.preview import preview
 
 PLANNED = ["rounds=5", "privacy.epsilon=2", "privacy.delta=1e-3", "privacy.rate=0.1"]
@@ -29,6 +29,24 @@ def test_the_preview_is_what_a_run_would_use(noise: str, batch: int) -> None:
     assert shown.field_bits == encoding.field_bits
     size = Parameters(encoding.plain_bits, 5).upload_bytes(encoding.slots(100))
     assert shown.bytes_up == size / 100
+
+
+def test_a_preview_of_whole_updates_says_whether_they_are_rotated() -> None:
+    asked = ["privacy", "plan", "--site", "--epsilon", "50", "--records", "1", "--sites", "20"]
+    asked += ["--delta", "1e-3", "--rounds", "3"]
+    for parameters, rotated in ((10, False), (5000, True)):
+        command = [*asked, "--parameters", str(parameters)]
+        shown = json.loads(CliRunner().invoke(cli.app, [*command, "--format", "json"]).stdout)
+        assert set(shown) == {"distributed"}
+        assert shown["distributed"]["rotated"] is rotated
+        told = CliRunner().invoke(cli.app, command).stdout
+        assert ("yes" in told) == rotated
+    chosen = ["rounds=3", "sites.count=20", "privacy.unit=site", "privacy.epsilon=50"]
+    experiment = config.parse("", [*chosen, "privacy.delta=1e-3"])
+    plan = agreement.plan(experiment, 20, 5000)
+    assert isinstance(plan, SiteDistributed)
+    narrow = agreement.encoding(experiment, 20, plan).field_bits
+    assert shown["distributed"]["field_bits"] == narrow < plan.field_bits(agreement.OVERFLOW)
 
 
 def test_without_a_plan_there_is_nothing_to_preview() -> None:
