@@ -16,6 +16,7 @@ from protocols.identity import digest
 from protocols.keystream import Keystream, Randomness, Seed
 from securefl import config
 from securefl.config import ConfigurationError, Experiment
+from securefl.privacy import clipping
 from securefl.privacy.plan import Cohort, Plan, RecordDistributed, RecordLocal, SiteDistributed
 from securefl.privacy.rotation import Rotation, block
 from securefl.pruning import fewest_surviving
@@ -41,7 +42,13 @@ def _calibrated(
     assert cohort is not None  # noqa: S101 - a site's noise is distributed
     total = rounds + privacy.spare_rounds
     return SiteDistributed.calibrate(
-        privacy.epsilon, privacy.delta, privacy.clip, total, cohort, dimension
+        privacy.epsilon,
+        privacy.delta,
+        privacy.clip,
+        total,
+        cohort,
+        dimension,
+        counted=clipping.counted(privacy),
     )
 
 
@@ -101,7 +108,8 @@ def _field_bits(experiment: Experiment, plan: RecordDistributed | SiteDistribute
 
 
 def _spread(experiment: Experiment, plan: SiteDistributed) -> int:
-    return block(fewest_surviving(experiment.pruning, plan.dimension))
+    fewest = fewest_surviving(experiment.pruning, plan.dimension)
+    return block(clipping.upload_length(experiment, fewest))
 
 
 def rotates(experiment: Experiment, plan: Plan | None) -> bool:

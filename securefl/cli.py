@@ -477,6 +477,8 @@ _PLANNED = {
     "field_bits": "bits of a coordinate of the sum",
     "bytes_up": "bytes up, a parameter and round",
     "rotated": "updates are rotated for narrower fields",
+    "clip_noise": "more noise for the adaptive clip",
+    "share_error": "noise in the share within the clip",
 }
 
 
@@ -497,7 +499,9 @@ def _plan_table(found: Mapping[str, Preview]) -> Table:
     return table
 
 
-def _figure(value: float | bool) -> str:
+def _figure(value: float | bool | None) -> str:
+    if value is None:
+        return "–"
     return ("yes" if value else "no") if isinstance(value, bool) else f"{value:.4g}"
 
 

@@ -25,6 +25,7 @@ from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, printable
+from securefl.privacy import clipping
 from securefl.privacy.rotation import Rotation
 from securefl.privacy.training import Trainer
 from securefl.replicas import PHASES as REPLICA_PHASES
@@ -175,7 +176,9 @@ class Client:
             training = agreement.reproducible_randomness(
                 self._experiment.not_private_seed, self.name, model.update
             )
-        length = model.surviving
+        if model.clip_scale != 1 and not clipping.counted(self._experiment.privacy):
+            raise RefusedError("the server moves the clip, which the experiment holds fixed")
+        length = clipping.upload_length(self._experiment, model.surviving)
         rotation = agreement.rotation(self._experiment, self._plan, model.update, length)
         expected = Expected(
             identity=self._identity,
@@ -207,14 +210,16 @@ class Client:
         model = current.model
         if isinstance(self._encoding, Integers):
             noised = self._trainer.noised_sum(
-                model.weights, model.mask, current.training, current.rotation
+                model.weights, model.mask, current.training, model.clip_scale, current.rotation
             )
             yield from self._encoding.encode(noised)
             return
-        update = self._trainer.update(model.weights, model.mask, current.training)
+        update = self._trainer.update(model.weights, model.mask, current.training, model.clip_scale)
+        excess = clipping.uploaded(self._experiment, update[self._size :])
+        update = np.append(update[: self._size][model.mask], excess)
         rounding = Keystream(Seed.draw(current.training), "rounding")
         try:
-            slots = self._encoding.encode(update[model.mask], self._weight, rounding)
+            slots = self._encoding.encode(update, self._weight, rounding)
         except ValueError:
             raise RefusedError(
                 f"{self.name}: local training diverged; lower training.learning_rate"

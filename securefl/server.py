@@ -17,6 +17,7 @@ from securefl import agreement, replicas
 from securefl.config import Experiment
 from securefl.engines import Exchange
 from securefl.messages import Answer, Refusal, Request, parse_reply, printable
+from securefl.privacy import clipping
 from securefl.privacy.plan import Plan
 from securefl.replicas import Standing, Whereabouts
 from securefl.state import GlobalState
@@ -131,7 +132,7 @@ class Server:
         """The protocol's round, where the server gets the aggregate, and rotates it back."""
         protocol, openers = self._experiment.protocol.name, self._experiment.protocol.openers
         weights = agreement.public_weights(self._experiment)
-        length = state.surviving
+        length = clipping.upload_length(self._experiment, state.surviving)
         parts = (begin, self._roster, self._encoding, length, weights)
         serve = PROTOCOLS[protocol].server
         outcome = yield from serve(*parts, openers) if openers > 1 else serve(*parts)
@@ -148,7 +149,8 @@ class Server:
             raise ValueError(f"{self._experiment.protocol.name} has no round that hides the sum")
         cohort = Cohort(begin, self._roster)
         yield from self._whereabouts.bring_up(cohort, standing)
-        outcome = yield from serve(begin, self._roster, self._encoding, standing.surviving)
+        length = clipping.upload_length(self._experiment, standing.surviving)
+        outcome = yield from serve(begin, self._roster, self._encoding, length)
         cohort.faults |= outcome.faults
         update = standing.update + 1
         reached = yield from self._whereabouts.reached(cohort, outcome.holders, update)
