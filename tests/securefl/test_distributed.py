@@ -22,7 +22,7 @@ from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.engines import inprocess
 from securefl.evaluation import evaluate
-from securefl.messages import Answer, Request
+from securefl.messages import Answer, Refusal, Request
 from securefl.privacy.plan import Observer, RecordDistributed, SiteDistributed
 from securefl.privacy.training import Trainer
 from securefl.records import read_history
@@ -356,6 +356,125 @@ def test_rotated_runs_agree_bit_for_bit_whoever_opens(trial, tmp_path, more):
         assert agreement.rotates(experiment, simulation.assemble(experiment).plan)
         models_.append(model(run(experiment, tmp_path / way).directory))
     assert len(set(models_)) == 1
+
+
+# --- a clip that follows a quantile --------------------------------------------------------------
+
+FAR = ("privacy.clip_quantile=0.5", "privacy.clip=20.0", "privacy.clip_learning_rate=0.5")
+"""Every gradient and update is within this clip, so that it shrinks round by round."""
+
+
+def clips(folder: Path) -> list[float | None]:
+    return [record.clip for record in read_history(folder).rounds]
+
+
+@pytest.mark.parametrize("unit", ["record", "site"])
+def test_an_adaptive_clip_is_the_same_whoever_opens_bit_for_bit(trial, tmp_path, unit):
+    """Under plain, where the server opens masked-bfv's sum, and where each site opens its own.
+
+    With pruning, and the sites' updates rotated.
+    """
+    seeded = (*FAR, "pruning.sparsity=0.5", "pruning.schedule=one-shot", "not_private_seed=3")
+    if unit == "site":
+        seeded += WIDE
+    told = []
+    for way in ("name=plain", "name=masked-bfv", "reveal=sites"):
+        name = () if way.startswith("name") else ("protocol.name=masked-bfv",)
+        experiment = trial(unit, *seeded, *name, f"protocol.{way}")
+        done = run(experiment, tmp_path / way)
+        assert agreement.rotates(experiment, simulation.assemble(experiment).plan) == (
+            unit == "site"
+        )
+        told.append((model(done.directory), clips(done.directory)))
+    assert told[0] == told[1] == told[2]
+    past = told[0][1]
+    assert past[0] == 20.0
+    assert all(20 * math.exp(-0.5 * i) <= clip < 20 for i, clip in enumerate(past) if i)
+
+
+@pytest.mark.parametrize("unit", ["record", "person", "site"])
+def test_the_clip_of_a_run_moves_as_the_opened_counts_say(trial, tmp_path, given, unit):
+    experiment = trial(unit, *FAR, "not_private_seed=3", "protocol.name=plain")
+    plan = simulation.assemble(experiment).plan
+    done = run(experiment, tmp_path / "run")
+    expected = [20.0]
+    for number in range(3):
+        total = sum(vector[-1] for vector in given[4 * number : 4 * number + 4])
+        batch = 4 if unit == "site" else 48
+        share = 0.5 + total * 2**16 / (2 * plan.count * batch)
+        expected.append(expected[-1] * math.exp(-0.5 * max(-1.0, min(1.0, share - 0.5))))
+    assert clips(done.directory) == pytest.approx(expected[:3], rel=1e-9)
+    assert done.summary.epsilon["east"] == plan.spent(3)
+
+
+def test_a_site_with_local_noise_tells_its_share_and_the_clip_follows(trial, tmp_path):
+    local = (
+        "privacy.noise=local",
+        "privacy.expected_batch=10",
+        "privacy.epsilon=30.0",
+        "training.local_steps=2",
+        "training.learning_rate=0.01",
+    )
+    fixed = run(trial("record", *local, "protocol.name=bfv"), tmp_path / "fixed")
+    assert clips(fixed.directory) == [None] * 3
+    told = []
+    for way in ("name=bfv", "name=masked-bfv"):
+        experiment = trial("record", *local, *FAR, "not_private_seed=2", f"protocol.{way}")
+        done = run(experiment, tmp_path / way)
+        told.append((model(done.directory), clips(done.directory)))
+        assert done.summary.epsilon["east"] <= 30
+    assert told[0] == told[1]
+    past = told[0][1]
+    assert past[0] == 20.0
+    assert past[2] < past[1] < 20
+    # About as many are sampled as are expected, and nearly all of them are within.
+    assert past[2] == pytest.approx(20 * math.exp(-0.5 * 0.5 * 2), rel=0.25)
+
+
+@pytest.mark.parametrize("reveal", ["server", "sites"])
+def test_a_run_that_was_stopped_goes_on_with_its_clip(trial, tmp_path, reveal):
+    class StopError(Exception):
+        pass
+
+    class Stopping:
+        def started(self, rounds: int, done: int) -> None: ...
+        def phase(self, round_number: int, phase: str) -> None: ...
+        def finished(self, record) -> None:
+            if record.update == 2:
+                raise StopError
+
+    ways = ("protocol.name=masked-bfv", f"protocol.reveal={reveal}")
+    seeded = trial("person", *FAR, "not_private_seed=7", *ways)
+    whole = run(seeded, tmp_path / "whole")
+    with pytest.raises(StopError):
+        run(seeded, tmp_path / "run", progress=Stopping())
+    done = resume(tmp_path / "run")
+    assert clips(done.directory) == clips(whole.directory)
+    assert len(set(clips(done.directory))) == 3
+    assert model(done.directory) == model(whole.directory)
+
+
+@pytest.mark.parametrize(("overrides", "refused"), [((), True), (FAR, False)])
+def test_a_server_cannot_move_a_clip_that_the_experiment_holds_fixed(
+    trial, bench, overrides, refused
+):
+    made = bench(trial("record", *overrides))
+    state = dataclasses.replace(made.model, clip_scale=4.0)
+    reply = made.ask("east", made.first(1, state))
+    assert isinstance(reply, Refusal) == refused
+    if refused:
+        assert "moves the clip" in reply.reason
+
+
+def test_sites_that_are_shown_different_clips_make_no_sum(trial, bench):
+    """The clip is in what masks are bound to."""
+    made = bench(trial("record", *FAR))
+    other = dataclasses.replace(made.model, clip_scale=0.5)
+    reply = made.ask(
+        "east", made.request(1, "advertise", made.begin(1).to_bytes(), other.to_message())
+    )
+    assert isinstance(reply, Refusal)
+    assert "another model" in reply.reason
 
 
 # --- what is public ------------------------------------------------------------------------------
