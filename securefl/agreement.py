@@ -16,7 +16,10 @@ from protocols.identity import digest
 from protocols.keystream import Keystream, Randomness, Seed
 from securefl import config
 from securefl.config import ConfigurationError, Experiment
+from securefl.privacy import clipping
 from securefl.privacy.plan import Cohort, Plan, RecordDistributed, RecordLocal, SiteDistributed
+from securefl.privacy.rotation import Rotation, block
+from securefl.pruning import fewest_surviving
 from securefl.replicas import Standing
 from securefl.state import GlobalState
 
@@ -39,7 +42,13 @@ def _calibrated(
     assert cohort is not None  # noqa: S101 - a site's noise is distributed
     total = rounds + privacy.spare_rounds
     return SiteDistributed.calibrate(
-        privacy.epsilon, privacy.delta, privacy.clip, total, cohort, dimension
+        privacy.epsilon,
+        privacy.delta,
+        privacy.clip,
+        total,
+        cohort,
+        dimension,
+        counted=clipping.counted(privacy),
     )
 
 
@@ -90,12 +99,38 @@ def encoding(experiment: Experiment, cohort: int, plan: Plan | None) -> Encoding
 
 def _field_bits(experiment: Experiment, plan: RecordDistributed | SiteDistributed) -> int:
     if isinstance(plan, SiteDistributed):
-        return plan.field_bits(OVERFLOW)
+        return min(plan.field_bits(OVERFLOW), plan.field_bits(OVERFLOW, _spread(experiment, plan)))
     # One coordinate of a gradient is far below its norm where there are many: 16 times the mean.
     usual = plan.expected_batch * min(1.0, 16 / math.sqrt(plan.dimension))
     privacy = experiment.privacy
     told = privacy.signal if isinstance(privacy, config.Privacy) else None
     return plan.field_bits(told or usual, OVERFLOW)
+
+
+def _spread(experiment: Experiment, plan: SiteDistributed) -> int:
+    fewest = fewest_surviving(experiment.pruning, plan.dimension)
+    return block(clipping.upload_length(experiment, fewest))
+
+
+def rotates(experiment: Experiment, plan: Plan | None) -> bool:
+    """Whether sites rotate their updates: where each is protected and fields are narrower so."""
+    if not isinstance(plan, SiteDistributed):
+        return False
+    return plan.field_bits(OVERFLOW, _spread(experiment, plan)) < plan.field_bits(OVERFLOW)
+
+
+def rotation(
+    experiment: Experiment, plan: Plan | None, update: int, length: int
+) -> Rotation | None:
+    """How vectors of `length` are rotated after `update` applied aggregates; None where not.
+
+    Another one for every update, from the public seed: sites and whoever decodes are bound to both
+    in the round. An aborted round gave no aggregate that an update could depend on.
+    """
+    if not rotates(experiment, plan):
+        return None
+    material = digest("rotation", experiment.seed.to_bytes(8, "big"), update.to_bytes(8, "big"))
+    return Rotation(length, material)
 
 
 def tolerated(experiment: Experiment) -> int:

@@ -220,26 +220,34 @@ def plan(
     delta: Annotated[float, typer.Option(help="Below one over the records.")] = 1e-5,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of one step.")] = 100,
     rate: Annotated[float, typer.Option(help="Share of the records that a step samples.")] = 0.1,
+    site: Annotated[bool, typer.Option("--site", help="Protect each site's whole update.")] = False,
     settings: Settings = None,
     output: OutputFormat = Format.text,
 ) -> None:
     """What noise, bytes and epsilon a target comes to, before anyone trains.
 
-    Local noise (each site's is enough by itself) beside distributed noise (only the sum's is).
+    Local noise (each site's is enough by itself) beside distributed noise (only the sum's is). With
+    --site every record of a site is protected at once, by distributed noise; --records and --rate
+    are not read.
     """
     from securefl.privacy.preview import preview
 
     found = {}
-    for noise, batch in (("local", rate * records / sites), ("distributed", rate * records)):
-        values = (
+    ways = {"local": rate * records / sites, "distributed": rate * records}
+    if site:
+        del ways["local"]
+    for noise, batch in ways.items():
+        values = [
             ("rounds", rounds),
             ("sites.count", sites),
             ("privacy.noise", noise),
             ("privacy.epsilon", epsilon),
             ("privacy.delta", delta),
-            ("privacy.rate", rate),
-            ("privacy.expected_batch", max(1, round(batch))),
-        )
+        ]
+        if site:
+            values += [("privacy.unit", "site")]
+        else:
+            values += [("privacy.rate", rate), ("privacy.expected_batch", max(1, round(batch)))]
         chosen = [*(f"{key}={value}" for key, value in values), *(settings or ())]
         found[noise] = preview(config.parse("", chosen, origin="plan"), sites, parameters)
     if output is Format.json:
@@ -464,10 +472,13 @@ def _told_plan(item: Preview) -> dict[str, object]:
 
 
 _PLANNED = {
-    "noise_multiplier": "noise, over what one record moves",
+    "noise_multiplier": "noise, over what one record (or site) moves",
     "signal_to_noise": "signal to noise of a round",
     "field_bits": "bits of a coordinate of the sum",
     "bytes_up": "bytes up, a parameter and round",
+    "rotated": "updates are rotated for narrower fields",
+    "clip_noise": "more noise for the adaptive clip",
+    "share_error": "noise in the share within the clip",
 }
 
 
@@ -481,11 +492,17 @@ def _plan_table(found: Mapping[str, Preview]) -> Table:
     for noise in found:
         table.add_column(f"{noise} noise", justify="right")
     for key, title in _PLANNED.items():
-        table.add_row(title, *(f"{getattr(item, key):.4g}" for item in found.values()))
+        table.add_row(title, *(_figure(getattr(item, key)) for item in found.values()))
     for who in next(iter(found.values())).epsilon:
         spent = (words.rounded_up(item.epsilon[who]) for item in found.values())
         table.add_row(f"epsilon against {who.value}", *spent)
     return table
+
+
+def _figure(value: float | bool | None) -> str:
+    if value is None:
+        return "–"
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:.4g}"
 
 
 def _rounds_table(rounds: Sequence[RoundRecord]) -> Table:

@@ -25,7 +25,9 @@ from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, printable
+from securefl.privacy import clipping
 from securefl.privacy.ledger import Account, BudgetSpentError, SignedHead
+from securefl.privacy.rotation import Rotation
 from securefl.privacy.training import Trainer
 from securefl.replicas import PHASES as REPLICA_PHASES
 from securefl.replicas import Replica, Replicas, Standing
@@ -40,6 +42,7 @@ class _Round:
     number: int
     model: GlobalState
     base: Standing | None
+    rotation: Rotation | None
     protocol_state: Any
     training: Randomness
     said: dict[str, tuple[bytes, Answer]] = field(default_factory=dict)
@@ -157,6 +160,8 @@ class Client:
         if self._replicas is None or current.base is None:
             raise ValueError("an aggregate to keep, and no copy of the model to move by it")
         mean = revealed.aggregate.mean
+        if current.rotation is not None:
+            mean = current.rotation.restore(mean)
         try:
             moved = apply(current.model, mean, self._rule, self._layout, self._experiment)
         except DivergedError as error:
@@ -178,6 +183,10 @@ class Client:
             training = agreement.reproducible_randomness(
                 self._experiment.not_private_seed, self.name, model.update
             )
+        if model.clip_scale != 1 and not clipping.counted(self._experiment.privacy):
+            raise RefusedError("the server moves the clip, which the experiment holds fixed")
+        length = clipping.upload_length(self._experiment, model.surviving)
+        rotation = agreement.rotation(self._experiment, self._plan, model.update, length)
         expected = Expected(
             identity=self._identity,
             session=self._session,
@@ -185,13 +194,13 @@ class Client:
             binding=agreement.binding(self._experiment, base or model, self._encoding),
             minimum=self._thresholds.minimum,
             encoding=self._encoding,
-            length=model.surviving,
+            length=length,
             tolerated=agreement.tolerated(self._experiment),
             degree=self._thresholds.degree,
             reveal=self._experiment.protocol.reveal,
             weights=agreement.public_weights(self._experiment),
         )
-        return _Round(request.round, model, base, expected, training)
+        return _Round(request.round, model, base, rotation, expected, training)
 
     def _keep(self, heads: Mapping[str, SignedHead]) -> None:
         """Keep what peers signed of their ledgers, so that one who alters a ledger shows."""
@@ -215,13 +224,17 @@ class Client:
             self._charge(current.number)
         model = current.model
         if isinstance(self._encoding, Integers):
-            noised = self._trainer.noised_sum(model.weights, model.mask, current.training)
+            noised = self._trainer.noised_sum(
+                model.weights, model.mask, current.training, model.clip_scale, current.rotation
+            )
             yield from self._encoding.encode(noised)
             return
-        update = self._trainer.update(model.weights, model.mask, current.training)
+        update = self._trainer.update(model.weights, model.mask, current.training, model.clip_scale)
+        excess = clipping.uploaded(self._experiment, update[self._size :])
+        update = np.append(update[: self._size][model.mask], excess)
         rounding = Keystream(Seed.draw(current.training), "rounding")
         try:
-            slots = self._encoding.encode(update[model.mask], self._weight, rounding)
+            slots = self._encoding.encode(update, self._weight, rounding)
         except ValueError:
             raise RefusedError(
                 f"{self.name}: local training diverged; lower training.learning_rate"

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Clip = Annotated[float, Field(ge=1e-6, le=1e6)]
 Unit = Annotated[float, Field(gt=0, le=1)]
+Quantile = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
 Rounds = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Bound = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -168,7 +169,9 @@ class Privacy(Section):
     counts the records (or people) of all sites; masks hide what a site gives. `rate` and
     `expected_batch` are public choices and never derived from a record count. `spare_rounds` are
     rounds that may be lost to aborts without overspending `epsilon`. `signal`: how far all clipped
-    gradients together may move one coordinate of the sum, in clips, before it may wrap.
+    gradients together may move one coordinate of the sum, in clips, before it may wrap. With
+    `clip_quantile` the clip only begins at `clip` and follows that quantile of the gradients'
+    norms, by `clip_learning_rate` a round.
     """
 
     unit: Literal["record", "person"] = "record"
@@ -176,6 +179,8 @@ class Privacy(Section):
     epsilon: Positive
     delta: Annotated[float, Field(ge=1e-12, lt=1)]
     clip: Clip = 1.0
+    clip_quantile: Quantile | None = None
+    clip_learning_rate: Unit = 0.2
     rate: Unit
     expected_batch: Count
     spare_rounds: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 2
@@ -191,7 +196,9 @@ class Privacy(Section):
 class SitePrivacy(Section):
     """Each site's whole update protected, by noise that only the sum over the sites has enough of.
 
-    The update of any local training is clipped to L2 norm `clip`.
+    The update of any local training is clipped to L2 norm `clip`. Where it takes fewer bits, sites
+    rotate their updates first, by a rotation that is public; that needs no key. `clip_quantile`
+    and `clip_learning_rate`: as in `Privacy`, for the norms of updates.
     """
 
     unit: Literal["site"]
@@ -199,6 +206,8 @@ class SitePrivacy(Section):
     epsilon: Positive
     delta: Annotated[float, Field(ge=1e-12, lt=1)]
     clip: Clip = 1.0
+    clip_quantile: Quantile | None = None
+    clip_learning_rate: Unit = 0.2
     spare_rounds: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 2
 
 

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from protocols.errors import MalformedMessageError
 from protocols.messages import Message, SessionId, SiteName
+from securefl.privacy.clipping import LEAST, MOST
 from securefl.privacy.ledger import SignedHead
 
 MOST_HEADS = 16
@@ -49,12 +50,14 @@ class ModelMessage(Message, frozen=True):
     """S -> C: how many aggregates were applied, which weights survive, and their values.
 
     mask: packed bits, ceil(size/8) bytes, or empty when nothing is pruned; weights: float32.
+    clip_scale: the clip of the coming round over that of the first.
     """
 
     update: Annotated[int, Meta(ge=0, le=2**62)]
     size: Annotated[int, Meta(ge=1, le=2**40)]
     mask: bytes
     weights: bytes
+    clip_scale: Annotated[float, Meta(ge=LEAST, le=MOST)] = 1.0
 
 
 def printable(text: str) -> str:

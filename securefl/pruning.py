@@ -44,6 +44,16 @@ def target_sparsity(pruning: Pruning, round_number: int, rounds: int) -> float:
     return pruning.sparsity * progress
 
 
+def fewest_surviving(pruning: Pruning | None, size: int) -> int:
+    """How many of `size` coordinates survive every round of `prune`, at least."""
+    sparsity = 0.0 if pruning is None else pruning.sparsity
+    return size - _pruned(sparsity, size)
+
+
+def _pruned(sparsity: float, size: int) -> int:
+    return min(math.floor(sparsity * size), size - 1)
+
+
 def prune(
     weights: NDArray[np.float32],
     mask: Mask,
@@ -78,7 +88,7 @@ def prune(
 
     prunable = layout.prunable
     available = int(prunable.sum())
-    count = min(math.floor(sparsity * size), size - 1)
+    count = _pruned(sparsity, size)
     magnitude = np.abs(weights.astype(np.float64))
     if scope == "layer" and count < available:
         pieces = []

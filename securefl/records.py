@@ -84,6 +84,8 @@ class RoundRecord(_Record, frozen=True):
     """Site -> why it is not in the aggregate."""
     aborted: tuple[int, ...] = ()
     """Numbers of the rounds aborted since the previous line."""
+    clip: float | None = None
+    """The L2 clip of this round where it is adaptive: what the rounds before it released."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.update <= self.round:
@@ -94,6 +96,8 @@ class RoundRecord(_Record, frozen=True):
             raise ValueError(f"{', '.join(both)} both survived and dropped out")
         if late := [number for number in self.aborted if not 1 <= number < self.round]:
             raise ValueError(f"round {self.round} lists aborted rounds {late}, which are not past")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip = {self.clip} is not a finite number above 0")
         _check_fraction("sparsity", self.sparsity)
         for name in ("epsilon", "bytes_up", "bytes_down", "upload_bytes", "seconds"):
             _check_amounts(name, getattr(self, name))

@@ -27,7 +27,7 @@ sites open: a sum has no integrity against an active server.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Self, final
 
@@ -167,7 +167,7 @@ class Replica:
             item.name: np.frombuffer(item.values, "<f8").astype(np.float64)
             for item in message.moments
         }
-        whole = GlobalState(state.update, state.weights, state.mask, moments, message.quiet)
+        whole = replace(state, moments=moments, quiet=message.quiet)
         return cls(whole, message.salt)
 
     def standing(self, agreed: bytes) -> Standing:

@@ -361,7 +361,15 @@ class _Job:
             survivors=survivors,
             dropouts={site: why for site, why in out.items() if site not in survivors},
             aborted=tuple(range(past + 1, result.number)),
+            clip=self._clip(folder, before),
         )
+
+    def _clip(self, folder: Path, before: Known) -> float | None:
+        """The clip of a round on `before`, where it is adaptive."""
+        privacy = self.experiment.privacy
+        if privacy is None or privacy.clip_quantile is None:
+            return None
+        return privacy.clip * self._model(folder, before).clip_scale
 
     def _metrics(self) -> dict[str, float]:
         """The test figures, and the mean of the accuracy over sites that a column tells apart."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.encoding import Aggregate
@@ -17,6 +17,7 @@ from securefl import agreement, replicas
 from securefl.config import Experiment
 from securefl.engines import Exchange
 from securefl.messages import MOST_HEADS, Answer, Refusal, Request, parse_reply, printable
+from securefl.privacy import clipping
 from securefl.privacy.ledger import SignedHead
 from securefl.privacy.plan import Plan
 from securefl.replicas import Standing, Whereabouts
@@ -75,6 +76,7 @@ class Server:
         self._exchange = exchange
         self._entered = entered
         self._heads: dict[str, SignedHead] = {}
+        self._plan = plan
         self._encoding = agreement.encoding(experiment, len(roster), plan)
         self._thresholds = agreement.thresholds(experiment, len(roster))
         bound = replicas.context(session, experiment.digest())
@@ -101,7 +103,7 @@ class Server:
         if isinstance(state, Standing):
             steps = self._withheld(begin, state)
         else:
-            steps = self._opened(begin, state.surviving)
+            steps = self._opened(begin, state)
         traffic, refusals = Traffic(), dict[str, Refusal]()
         try:
             requests = next(steps)
@@ -128,14 +130,19 @@ class Server:
                 raise BudgetsSpentError(message, error.culprits) from None
             raise RoundAbortedError(message, error.culprits) from None
 
-    def _opened(self, begin: Begin, length: int) -> Part[_Ended]:
-        """The protocol's round, where the server gets the aggregate."""
+    def _opened(self, begin: Begin, state: GlobalState) -> Part[_Ended]:
+        """The protocol's round, where the server gets the aggregate, and rotates it back."""
         protocol, openers = self._experiment.protocol.name, self._experiment.protocol.openers
         weights = agreement.public_weights(self._experiment)
+        length = clipping.upload_length(self._experiment, state.surviving)
         parts = (begin, self._roster, self._encoding, length, weights)
         serve = PROTOCOLS[protocol].server
         outcome = yield from serve(*parts, openers) if openers > 1 else serve(*parts)
-        return _Ended(outcome.aggregate.contributors, outcome.aggregate, outcome.faults)
+        aggregate = outcome.aggregate
+        rotation = agreement.rotation(self._experiment, self._plan, state.update, length)
+        if rotation is not None:
+            aggregate = replace(aggregate, mean=rotation.restore(aggregate.mean))
+        return _Ended(aggregate.contributors, aggregate, outcome.faults)
 
     def _withheld(self, begin: Begin, standing: Standing) -> Part[_Ended]:
         """The protocol's round, where the sites keep the aggregate and move their own models."""
@@ -144,7 +151,8 @@ class Server:
             raise ValueError(f"{self._experiment.protocol.name} has no round that hides the sum")
         cohort = Cohort(begin, self._roster)
         yield from self._whereabouts.bring_up(cohort, standing)
-        outcome = yield from serve(begin, self._roster, self._encoding, standing.surviving)
+        length = clipping.upload_length(self._experiment, standing.surviving)
+        outcome = yield from serve(begin, self._roster, self._encoding, length)
         cohort.faults |= outcome.faults
         update = standing.update + 1
         reached = yield from self._whereabouts.reached(cohort, outcome.holders, update)

@@ -26,6 +26,7 @@ from securefl import config, models
 from securefl.algorithms import ServerRule
 from securefl.messages import ModelMessage
 from securefl.models import Layout
+from securefl.privacy import clipping
 from securefl.pruning import prune, target_sparsity
 from securefl.store import CorruptStoreError
 
@@ -42,7 +43,8 @@ class GlobalState:
     """The model after `update` applied aggregates.
 
     weights: float32[d], zero where `mask` (bool[d]) is false. moments: the server rule's state.
-    quiet: rounds in a row in which the weights hardly moved, for the stopping rule.
+    quiet: rounds in a row in which the weights hardly moved, for the stopping rule. clip_scale: the
+    clip of the next round over that of the first, 1 where it is fixed (`privacy.clipping`).
     """
 
     update: int
@@ -50,10 +52,13 @@ class GlobalState:
     mask: NDArray[np.bool_]
     moments: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     quiet: int = 0
+    clip_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.weights.shape != self.mask.shape or self.weights.ndim != 1:
             raise ValueError("weights and mask must be vectors of one length")
+        if not clipping.LEAST <= self.clip_scale <= clipping.MOST:
+            raise ValueError(f"clip_scale = {self.clip_scale}: use 2^-20 to 2^20")
 
     @property
     def released(self) -> NDArray[np.float32]:
@@ -77,7 +82,7 @@ class GlobalState:
         mask = b"" if dense else np.packbits(self.mask, bitorder="little").tobytes()
         weights = self.weights if dense else self.weights[self.mask]
         body = weights.astype("<f4", copy=False).tobytes()
-        return ModelMessage(self.update, len(self.mask), mask, body).to_bytes()
+        return ModelMessage(self.update, len(self.mask), mask, body, self.clip_scale).to_bytes()
 
     @classmethod
     def from_message(cls, data: bytes, size: int) -> GlobalState:
@@ -100,7 +105,7 @@ class GlobalState:
         weights[mask] = np.frombuffer(message.weights, "<f4")
         if not np.isfinite(weights).all():
             raise MalformedMessageError("the model has weights that are not finite")
-        return cls(message.update, weights, mask)
+        return cls(message.update, weights, mask, clip_scale=message.clip_scale)
 
     def digest(self) -> bytes:
         """SHA-256 of `to_message()`: what a round is bound to (32 bytes)."""
@@ -113,7 +118,8 @@ class GlobalState:
             "mask": self.mask.astype(np.uint8),
         }
         tensors |= {f"moments.{name}": value for name, value in self.moments.items()}
-        about = json.dumps({"update": self.update, "quiet": self.quiet})
+        numbers = {"update": self.update, "quiet": self.quiet, "clip_scale": self.clip_scale}
+        about = json.dumps(numbers)
         seal = _checksum(tensors, about, record)
         return save_tensors(tensors, {"securefl": about, "record": record, "sha256": seal})
 
@@ -134,7 +140,7 @@ class GlobalState:
                 if name.startswith("moments.")
             }
             mask = tensors["mask"].astype(np.bool_)
-            state = cls(about["update"], tensors["weights"], mask, moments, about["quiet"])
+            state = cls(mask=mask, weights=tensors["weights"], moments=moments, **about)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CorruptStoreError(f"{path} is not a checkpoint: {error}") from None
         return state, told["record"]
@@ -167,9 +173,11 @@ def apply(
 ) -> GlobalState:
     """The next state: move by the mean update of the surviving weights, then prune.
 
-    mean: float64[state.surviving]. Reads only the aggregate, so it costs no privacy.
+    mean: float64[clipping.upload_length(experiment, state.surviving)]: the update, and what moves
+    the clip where it is adaptive. Reads only the aggregate, so it costs no privacy.
     Raises DivergedError when a weight is no longer finite.
     """
+    mean, clip_scale = clipping.opened(experiment, mean, state.clip_scale)
     update = np.zeros(len(state.mask))
     update[state.mask] = mean
     kept = {name: value for name, value in state.moments.items() if name != _AVERAGE}
@@ -193,4 +201,4 @@ def apply(
         distance = _norm(weights.astype(np.float64) - state.weights)
         still = distance <= experiment.stopping.tolerance * _norm(state.weights.astype(np.float64))
         quiet = state.quiet + 1 if still else 0
-    return GlobalState(state.update + 1, weights, mask, moments, quiet)
+    return GlobalState(state.update + 1, weights, mask, moments, quiet, clip_scale)

@@ -27,29 +27,35 @@ _EXACT: Final = 1 << 53
 _CHUNK: Final = 1 << 17  # numbers
 
 
-def clipped_sum(gradients: Sequence[torch.Tensor], clip: float, units: int) -> NDArray[np.int64]:
+def clipped_sum(
+    gradients: Sequence[torch.Tensor], clip: float, units: int, count: int = 0
+) -> NDArray[np.int64]:
     """The sum of the rows, each clipped to L2 norm `clip`, in integers of clip / units, int64[d].
 
-    gradients: one tensor [rows, ...] a parameter; a row across all of them is one record's (or
-    person's) gradient, d numbers. Precondition: clip > 0, rows * units < 2^53.
+    With a `count` it is int64[d + 1]: to the last number every row adds +count where its norm was
+    within the clip, and -count where it was not.
 
-    Formal Guarantees: every row adds integers whose exact L2 norm is at most `units`, whatever the
-    row holds; a row with a number that is not finite adds nothing. The sum is exact. Entries are
+    gradients: one tensor [rows, ...] a parameter; a row across all of them is one record's (or
+    person's) gradient, d numbers. Precondition: clip > 0, 0 <= count <= units, rows * units < 2^53.
+
+    Formal Guarantees: every row adds integers whose exact L2 norm is at most `units` (and with a
+    count, at most sqrt(units^2 + count^2)), whatever the row holds; a row with a number that is not
+    finite adds nothing. The sum is exact. Entries are
     rounded towards zero, which costs each less than one unit. The proof of the norm: q holds
     integers below 2^53, exact in float64, and a float64 sum of d squares in any order is off by at
     most a factor 1 +- (d + 1) 2^-53; rows for which it exceeds units^2 (1 - (d + 2) 2^-52) are
     left out. Rows are scaled to stay below, so that this happens to none in practice.
     """
     rows = len(gradients[0])
-    if not (clip > 0 and units >= 1 and rows * units < _EXACT):
+    if not (clip > 0 and units >= 1 and rows * units < _EXACT and 0 <= count <= units):
         raise ValueError(
-            f"clip = {clip}, units = {units}, {rows} rows: use clip > 0 and "
-            f"1 <= units < 2^53 / {max(rows, 1)}"
+            f"clip = {clip}, units = {units}, count = {count}, {rows} rows: use clip > 0 and "
+            f"1 <= units < 2^53 / {max(rows, 1)} and a count from 0 to units"
         )
     flat = [part.reshape(rows, math.prod(part.shape[1:])) for part in gradients]
     widths = [part.shape[1] for part in flat]
     size = sum(widths)
-    total = torch.zeros(size, dtype=torch.float64, device=flat[0].device)
+    total = torch.zeros(size + (count > 0), dtype=torch.float64, device=flat[0].device)
     # As much as a processor's cache holds; an accelerator takes all at once.
     step = max(1, _CHUNK // size if total.device.type == "cpu" else rows)
     chunk = total.new_empty(min(step, rows), size)
@@ -57,19 +63,25 @@ def clipped_sum(gradients: Sequence[torch.Tensor], clip: float, units: int) -> N
         taken = chunk[: rows - start]
         for part, into in zip(flat, torch.split(taken, widths, 1), strict=True):
             into.copy_(part[start : start + step])
-        total += _clipped(taken, clip, units).sum(0)  # integers below 2^53: exact
+        whole, within = _clipped(taken, clip, units)
+        total[:size] += whole.sum(0)  # integers below 2^53: exact
+        total[size:] += count * (2 * within.sum() - len(within))
     return np.asarray(total.to(torch.int64).cpu().numpy(), np.int64)
 
 
-def _clipped(rows: torch.Tensor, clip: float, units: int) -> torch.Tensor:
-    """Each of `rows` (float64[n, d], overwritten) as integers of clip / units; some left out."""
+def _clipped(rows: torch.Tensor, clip: float, units: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each of `rows` (float64[n, d], overwritten) as integers of clip / units; some left out.
+
+    And which of those that are not were within the clip.
+    """
     slack = (rows.shape[1] + 2) * 2.0**-52
     norms = torch.linalg.vector_norm(rows, dim=1)
     unit = (clip / units) * (1 + 3 * slack) * torch.clamp(norms / clip, min=1.0)
     whole = rows.div_(unit[:, None], rounding_mode="trunc")  # trunc_ takes four times as long
     squares = torch.linalg.vecdot(whole, whole)
-    within = squares <= float(units) ** 2 * (1 - slack)  # nothing that is not finite is
-    return whole if within.all() else whole[within]
+    kept = squares <= float(units) ** 2 * (1 - slack)  # nothing that is not finite is
+    within = norms <= clip
+    return (whole, within) if kept.all() else (whole[kept], within[kept])
 
 
 def dithered(total: NDArray[np.int64], keystream: Keystream) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from typing import Final, Literal, Self, final
 
 from securefl import config
 from securefl.config import ConfigurationError
-from securefl.privacy import accounting, integers
+from securefl.privacy import accounting, clipping, integers
 
 Unit = Literal["record", "person"]
 """What is added or removed: one record, or all rows of one person."""
@@ -38,7 +38,9 @@ class RecordLocal:
     Every local step takes a secret Poisson sample at the public `rate`, clips each record's
     gradient to `clip` as integers (`integers.clipped_sum` with `units`), adds Gaussian noise of
     standard deviation noise_multiplier * clip to the sum (`integers.hardened`), and divides by the
-    public `expected_batch`. dimension: of the dense model.
+    public `expected_batch`. dimension: of the dense model. counted: whether each vector tells in
+    one more coordinate if it was within the clip (`clipping`); the noise is then noise_multiplier
+    times the norm of both.
 
     Formal Guarantees: what a site sends in all the rounds it is charged for is
     (spent(rounds), delta)-differentially private under adding or removing one of its records (or
@@ -57,6 +59,7 @@ class RecordLocal:
     steps_per_round: int
     dimension: int
     unit: Unit = "record"
+    counted: bool = False
 
     @classmethod
     def calibrate(
@@ -69,7 +72,8 @@ class RecordLocal:
         """
         steps = (rounds + privacy.spare_rounds) * steps_per_round
         _check_reachable(privacy, steps)
-        distance = integers.hardening_distance(_FINE_NOISE / 2, dimension)
+        counted = clipping.counted(privacy)
+        distance = integers.hardening_distance(_FINE_NOISE / 2, dimension + counted)
         noise = accounting.noise_multiplier(
             privacy.epsilon, privacy.delta, privacy.rate, steps, distance
         )
@@ -83,6 +87,7 @@ class RecordLocal:
             steps_per_round,
             dimension,
             privacy.unit,
+            counted,
         )
 
     @property
@@ -91,9 +96,14 @@ class RecordLocal:
         return max(1, round(_FINE_NOISE / self.noise_multiplier))
 
     @property
+    def count(self) -> int:
+        """What a vector adds or takes where it tells if it was within the clip, in fine units."""
+        return clipping.count(self.units) if self.counted else 0
+
+    @property
     def deviation(self) -> float:
         """Of the noise, in fine units."""
-        return self.noise_multiplier * self.units
+        return self.noise_multiplier * _bound(self.units, self.count)
 
     @property
     def adjacency(self) -> str:
@@ -103,7 +113,7 @@ class RecordLocal:
     def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`, whoever looks."""
         del observer
-        distance = integers.hardening_distance(self.deviation, self.dimension)
+        distance = integers.hardening_distance(self.deviation, self.dimension + self.counted)
         step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
         steps = accounting.Repeated(step, rounds * self.steps_per_round)
         return accounting.cost([steps], self.delta)
@@ -115,6 +125,11 @@ class RecordLocal:
     def affords(self, rounds: int) -> bool:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
         return self.spent(rounds) <= self.epsilon
+
+    def share_error(self, sites: int) -> float:
+        """The deviation of noise in a round's mean share of records within the clip."""
+        told = 2 * self.count * self.expected_batch
+        return self.deviation / told / math.sqrt(sites * self.steps_per_round)
 
 
 @final
@@ -154,7 +169,8 @@ class RecordDistributed:
 
     units: the clip in fine units; 2^16 of them are a grid unit. deviation: of one site's share, in
     grid units. beta: how likely one rounding may exceed `sensitivity`. dimension: of the dense
-    model: pruning only takes coordinates away.
+    model: pruning only takes coordinates away. counted: whether each gradient tells in one more
+    coordinate if it was within the clip (`clipping`), which `sensitivity` counts.
 
     Formal Guarantees: against an observer who sees every opened sum, or the released models, and
     knows all but `cohort.shares(observer)` shares of the noise in each of them, all the rounds that
@@ -176,11 +192,11 @@ class RecordDistributed:
     deviation: float
     beta: float
     unit: Unit = "record"
+    counted: bool = False
 
     def __post_init__(self) -> None:
-        _positive(
-            epsilon=self.epsilon, clip=self.clip, expected_batch=self.expected_batch, beta=self.beta
-        )
+        _positive(epsilon=self.epsilon, clip=self.clip, units=self.units, beta=self.beta)
+        _positive(expected_batch=self.expected_batch)
         for observer in Observer:  # the event checks what it holds
             self.event(observer)
 
@@ -210,8 +226,8 @@ class RecordDistributed:
         shares = cohort.shares(Observer.OTHERS)
         sum_deviation = _wide_enough(privacy.epsilon, privacy.delta, total * dimension)
         sum_deviation = max(sum_deviation, 2.1 * math.sqrt(shares))
-        grid_clip = _grid_clip(dimension, beta, inflation, sum_deviation / multiplier)
-        units = math.ceil(grid_clip * (1 << integers.FINE_BITS))
+        counted = clipping.counted(privacy)
+        units = _units(_grid_clip(dimension + counted, beta, inflation, sum_deviation / multiplier))
 
         def plan(deviation: float) -> Self:
             return cls(
@@ -226,6 +242,7 @@ class RecordDistributed:
                 deviation,
                 beta,
                 privacy.unit,
+                counted,
             )
 
         about = max(2.0, multiplier * plan(2.0).sensitivity / math.sqrt(shares))
@@ -245,14 +262,24 @@ class RecordDistributed:
         return self.clip * (1 << integers.FINE_BITS) / self.units
 
     @property
+    def count(self) -> int:
+        """What a gradient adds or takes where it tells if it was within the clip, in fine units."""
+        return clipping.count(self.units) if self.counted else 0
+
+    @property
+    def coordinates(self) -> int:
+        """Of the integer vector: `dimension`, and the count."""
+        return self.dimension + self.counted
+
+    @property
     def sensitivity(self) -> float:
         """How far one record moves the integer sum, L2, in grid units; `slip` says how surely."""
-        return _sensitivity(self.units, self.dimension, self.beta)
+        return _sensitivity(_bound(self.units, self.count), self.coordinates, self.beta)
 
     @property
     def slip(self) -> float:
         """The probability that one rounding exceeds `sensitivity`; 0 where it always holds."""
-        always = _sensitivity(self.units, self.dimension, 0.0)
+        always = _sensitivity(_bound(self.units, self.count), self.coordinates, 0.0)
         return self.beta if self.sensitivity < always else 0.0
 
     def event(self, observer: Observer) -> accounting.PoissonDiscreteGaussianSum:
@@ -261,7 +288,7 @@ class RecordDistributed:
             self.deviation,
             self.cohort.shares(observer),
             self.sensitivity,
-            self.dimension,
+            self.coordinates,
             self.rate,
             self.slip,
         )
@@ -282,8 +309,13 @@ class RecordDistributed:
         """Signed bits of one coordinate of the sum, wrapping with probability at most `overflow`.
 
         Per coordinate and round. signal: how far the clipped gradients of all sites together may
-        move one coordinate, in clips; the sampled records at most, in practice far fewer.
+        move one coordinate, in clips; the sampled records at most, in practice far fewer. The count
+        moves its coordinate by one for every `clipping.COUNT` of them: four deviations of a Poisson
+        batch are held.
         """
+        if self.counted and signal > 0:
+            batch = self.expected_batch + 4 * math.sqrt(self.expected_batch)
+            signal = max(signal, batch / clipping.COUNT)
         return _field_bits(signal, overflow, self.units, self.deviation, self.cohort.sites)
 
     @property
@@ -291,6 +323,11 @@ class RecordDistributed:
         """An expected batch of clipped gradients, all alike, over the norm of all sites' noise."""
         noise = self.grid * self.deviation * math.sqrt(self.cohort.sites * self.dimension)
         return self.expected_batch * self.clip / noise
+
+    def share_error(self, sites: int) -> float:
+        """The deviation of noise in a round's share of records within the clip."""
+        noise = self.deviation * math.sqrt(sites) * (1 << integers.FINE_BITS)
+        return noise / (2 * self.count * self.expected_batch)
 
 
 @final
@@ -301,13 +338,18 @@ class SiteDistributed:
     A site trains as it likes, clips its update to L2 norm `clip` (`integers.clipped_sum` of one
     row), rounds it to the grid until its norm is at most `sensitivity`
     (`integers.conditionally_rounded`), adds N_Z(0, deviation^2) to every coordinate, and uploads it
-    under secagg or masked-bfv (Kairouz, Liu and Steinke 2021, algorithm 1).
+    under secagg or masked-bfv (Kairouz, Liu and Steinke 2021, algorithm 1). Where that narrows the
+    fields, the update is rotated before it is clipped (`rotation.Rotation`), and the mean rotated
+    back.
 
-    units, deviation, dimension: as in `RecordDistributed`.
+    units, deviation, dimension, counted: as in `RecordDistributed`. Where an update tells if it was
+    within the clip, it is clipped together with that coordinate, to `bound` fine units.
 
     Formal Guarantees: against an observer as in `RecordDistributed`, all the rounds that a site is
     charged for are (spent(rounds, observer), delta)-differentially private under replacing its
-    updates by zero: that a site takes part is no secret. This covers every record of the site.
+    updates by zero: that a site takes part is no secret. This covers every record of the site. A
+    public rotation is a map of a site's own update before its norm is bounded: nothing here rests
+    on it.
     """
 
     epsilon: float
@@ -317,9 +359,10 @@ class SiteDistributed:
     dimension: int
     units: int
     deviation: float
+    counted: bool = False
 
     def __post_init__(self) -> None:
-        _positive(epsilon=self.epsilon, clip=self.clip)
+        _positive(epsilon=self.epsilon, clip=self.clip, units=self.units)
         for observer in Observer:
             self.event(observer)
 
@@ -333,17 +376,18 @@ class SiteDistributed:
         cohort: Cohort,
         dimension: int,
         inflation: float = 0.02,
+        counted: bool = False,
     ) -> Self:
         """The plan whose cost for `rounds` rounds, spare ones included, is epsilon at delta."""
         multiplier = accounting.noise_multiplier(epsilon, 0.99 * delta, 1.0, rounds)
         shares = cohort.shares(Observer.OTHERS)
         sum_deviation = _wide_enough(epsilon, delta, rounds * dimension)
         sum_deviation = max(sum_deviation, 2.1 * math.sqrt(shares))
-        grid_clip = _grid_clip(dimension, RETRIED, inflation, sum_deviation / multiplier)
-        units = math.ceil(grid_clip * (1 << integers.FINE_BITS))
+        least = sum_deviation / multiplier
+        units = _units(_grid_clip(dimension + counted, RETRIED, inflation, least))
 
         def plan(deviation: float) -> Self:
-            return cls(epsilon, delta, clip, cohort, dimension, units, deviation)
+            return cls(epsilon, delta, clip, cohort, dimension, units, deviation, counted)
 
         about = max(2.0, multiplier * plan(2.0).sensitivity / math.sqrt(shares))
         deviation = accounting.least(
@@ -362,15 +406,30 @@ class SiteDistributed:
         return self.clip * (1 << integers.FINE_BITS) / self.units
 
     @property
+    def count(self) -> int:
+        """What an update adds or takes where it tells if it was within the clip, in fine units."""
+        return clipping.count(self.units) if self.counted else 0
+
+    @property
+    def coordinates(self) -> int:
+        """Of the integer vector: `dimension`, and the count."""
+        return self.dimension + self.counted
+
+    @property
+    def bound(self) -> int:
+        """What an update is clipped to together with the count, in fine units."""
+        return _bound(self.units, self.count)
+
+    @property
     def sensitivity(self) -> float:
         """The L2 norm that no rounded update exceeds, in grid units."""
-        return _sensitivity(self.units, self.dimension, RETRIED)
+        return _sensitivity(self.bound, self.coordinates, RETRIED)
 
     def event(self, observer: Observer) -> accounting.DiscreteGaussianSum:
         """What one round costs against `observer`."""
         shares = self.cohort.shares(observer)
         return accounting.DiscreteGaussianSum(
-            self.deviation, shares, self.sensitivity, self.dimension
+            self.deviation, shares, self.sensitivity, self.coordinates
         )
 
     def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
@@ -385,19 +444,28 @@ class SiteDistributed:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
         return self.spent(rounds) <= self.epsilon
 
-    def field_bits(self, overflow: float) -> int:
+    def field_bits(self, overflow: float, spread: int | None = None) -> int:
         """Signed bits of one coordinate of the sum, wrapping with probability at most `overflow`.
 
-        Per coordinate and round, even if every site puts its whole clip into that coordinate.
+        Per coordinate and round, even if every site puts its whole clip into one coordinate of its
+        update. spread: over how many coordinates at least a public random rotation spreads each of
+        them (`rotation.block`); None without one.
         """
         sites = self.cohort.sites
-        return _field_bits(sites, overflow, self.units, self.deviation, sites)
+        if spread is None:
+            return _field_bits(sites, overflow, self.bound, self.deviation, sites)
+        return _rotated_field_bits(spread, overflow, self.bound, self.deviation, sites)
 
     @property
     def signal_to_noise(self) -> float:
         """All sites' clipped updates, all alike, over the norm of all sites' noise."""
         noise = self.grid * self.deviation * math.sqrt(self.cohort.sites * self.dimension)
         return self.cohort.sites * self.clip / noise
+
+    def share_error(self, sites: int) -> float:
+        """The deviation of noise in a round's share of updates within the clip."""
+        noise = self.deviation * (1 << integers.FINE_BITS)
+        return noise / (2 * self.count * math.sqrt(sites))
 
 
 Plan = RecordLocal | RecordDistributed | SiteDistributed
@@ -419,6 +487,16 @@ def _check_reachable(privacy: config.Privacy, steps: int) -> None:
             f"{privacy.expected_batch}; epsilon >= {reachable:.3g} is reachable, or use fewer "
             "rounds, a lower rate or a larger expected_batch"
         )
+
+
+def _units(grid_clip: float) -> int:
+    """At least `grid_clip` in fine units, so many that the count is a whole part of them."""
+    return clipping.COUNT * math.ceil(grid_clip * (1 << integers.FINE_BITS) / clipping.COUNT)
+
+
+def _bound(units: int, count: int) -> int:
+    """The least integer that the norm of a vector of norm `units`, and the count, stays within."""
+    return math.isqrt(units**2 + count**2 - 1) + 1
 
 
 def _sensitivity(units: int, dimension: int, beta: float) -> float:
@@ -456,4 +534,24 @@ def _field_bits(signal: float, overflow: float, units: int, deviation: float, si
         )
     noise = deviation * math.sqrt(2 * sites * math.log(2 / overflow))
     reach = signal * units / (1 << integers.FINE_BITS) + sites + noise
+    return math.ceil(reach).bit_length() + 1
+
+
+def _rotated_field_bits(
+    spread: int, overflow: float, units: int, deviation: float, sites: int
+) -> int:
+    """As `_field_bits`, where a rotation spreads n updates of norm `units` over `spread`.
+
+    Rotations are linear: a coordinate of the rotated sum, whose norm is n clips at most, is
+    sub-Gaussian with variance (n clip)^2 / spread (`rotation.Rotation`), and independent of the
+    noise, so that variances add up. A site's rounding adds less than 1, the fine grid 2^-16, and
+    float64 far less.
+    """
+    if not (spread >= 1 and 0 < overflow < 1):
+        raise ValueError(
+            f"spread = {spread}, overflow = {overflow}: use spread >= 1 and 0 < overflow < 1"
+        )
+    clips = sites * units / (1 << integers.FINE_BITS)
+    variance = clips**2 / spread + sites * deviation**2
+    reach = math.sqrt(2 * variance * math.log(2 / overflow)) + sites * (1 + 2.0**-15)
     return math.ceil(reach).bit_length() + 1

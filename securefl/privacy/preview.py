@@ -11,6 +11,7 @@ from protocols.bfv import Parameters
 from protocols.encoding import Encoding
 from securefl import agreement
 from securefl.config import ConfigurationError, Experiment
+from securefl.privacy import clipping
 from securefl.privacy.plan import Observer, Plan, RecordLocal
 
 
@@ -23,13 +24,19 @@ class Preview:
     signal_to_noise: an expected batch of clipped gradients, all alike (or all sites' updates), over
         the norm of all noise in one round: below 1 little is learned in a round.
     field_bits: bits of one coordinate of the sum; bytes_up: of an upload, a parameter.
+    rotated: whether updates are rotated, which takes fewer bits. Where the clip is adaptive,
+    clip_noise: how much more noise the count asks for, as a fraction; share_error: the deviation of
+    noise in a round's share of records (or updates) within the clip.
     """
 
     noise_multiplier: float
     signal_to_noise: float
     field_bits: int
     bytes_up: float
+    rotated: bool
     epsilon: Mapping[Observer, float]
+    clip_noise: float | None = None
+    share_error: float | None = None
 
 
 def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
@@ -46,7 +53,10 @@ def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
         signal_to_noise=_signal_to_noise(plan, sites, parameters),
         field_bits=encoding.field_bits,
         bytes_up=_upload_bytes(experiment, encoding, sites, parameters) / parameters,
+        rotated=agreement.rotates(experiment, plan),
         epsilon={who: plan.spent(experiment.rounds, who) for who in Observer},
+        clip_noise=math.hypot(1, plan.count / plan.units) - 1 if plan.counted else None,
+        share_error=plan.share_error(sites) if plan.counted else None,
     )
 
 
@@ -59,12 +69,13 @@ def _multiplier(plan: Plan) -> float:
 
 def _signal_to_noise(plan: Plan, sites: int, parameters: int) -> float:
     if isinstance(plan, RecordLocal):  # every site's batch has noise of its own
-        return math.sqrt(sites / parameters) * plan.expected_batch / plan.noise_multiplier
+        noise = plan.deviation / plan.units
+        return math.sqrt(sites / parameters) * plan.expected_batch / noise
     return plan.signal_to_noise
 
 
 def _upload_bytes(experiment: Experiment, encoding: Encoding, sites: int, parameters: int) -> int:
-    slots = encoding.slots(parameters)
+    slots = encoding.slots(clipping.upload_length(experiment, parameters))
     if experiment.protocol.name in ("plain", "secagg"):
         return -(-slots * encoding.plain_bits // 8)
     return Parameters(encoding.plain_bits, sites).upload_bytes(slots)

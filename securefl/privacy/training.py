@@ -23,6 +23,7 @@ from securefl import config, models
 from securefl.data import Table
 from securefl.privacy import integers
 from securefl.privacy.plan import Plan, RecordDistributed, RecordLocal, SiteDistributed
+from securefl.privacy.rotation import Rotation
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -61,30 +62,37 @@ class Trainer:
             self._sampled = _PerSampleGradients(module, loss_reduction="sum")
 
     def update(
-        self, weights: NDArray[np.float32], mask: NDArray[np.bool_], randomness: Randomness
+        self,
+        weights: NDArray[np.float32],
+        mask: NDArray[np.bool_],
+        randomness: Randomness,
+        clip_scale: float = 1.0,
     ) -> NDArray[np.float32]:
         """The change of `weights` (float32[d]) after local training; zero where `mask` is false.
 
+        clip_scale: the clip over the plan's. Where the plan counts what is within the clip, one
+        more number: the mean share of the steps, less one half, with its noise; float32[d + 1].
         Starts a fresh local optimiser, so that a site carries nothing from round to round.
         """
         if not (self._plan is None or isinstance(self._plan, RecordLocal)):
             raise ValueError("under a distributed plan only sums may be seen: use noised_sum")
-        return self._trained(weights, mask, self._plan, randomness)
+        if self._plan is None:
+            return self._trained(weights, mask, randomness)
+        self._start(weights)
+        masks, seed = self._shaped(mask), Seed.draw(randomness)
+        told = self._descend_privately(self._plan, clip_scale, masks, seed)
+        return np.append(models.flatten(self._module) - weights, told.astype(np.float32))
 
-    def _trained(
-        self,
-        weights: NDArray[np.float32],
-        mask: NDArray[np.bool_],
-        plan: RecordLocal | None,
-        randomness: Randomness,
-    ) -> NDArray[np.float32]:
+    def _start(self, weights: NDArray[np.float32]) -> None:
         models.assign(self._module, weights)
         self._module.train()
-        masks, seed = self._shaped(mask), Seed.draw(randomness)
-        if plan is None:
-            self._descend(masks, seed)
-        else:
-            self._descend_privately(plan, masks, seed)
+
+    def _trained(
+        self, weights: NDArray[np.float32], mask: NDArray[np.bool_], randomness: Randomness
+    ) -> NDArray[np.float32]:
+        """The change of `weights` after local training without privacy, float32[d]."""
+        self._start(weights)
+        self._descend(self._shaped(mask), Seed.draw(randomness))
         return models.flatten(self._module) - weights
 
     def _shaped(self, mask: NDArray[np.bool_]) -> list[torch.Tensor]:
@@ -97,32 +105,66 @@ class Trainer:
         ]
 
     def noised_sum(
-        self, weights: NDArray[np.float32], mask: NDArray[np.bool_], randomness: Randomness
+        self,
+        weights: NDArray[np.float32],
+        mask: NDArray[np.bool_],
+        randomness: Randomness,
+        clip_scale: float = 1.0,
+        rotation: Rotation | None = None,
     ) -> NDArray[np.int64]:
         """This site's share of a distributed mechanism, int64[surviving weights], in grid units.
 
+        clip_scale: the clip over the plan's; a grid unit stands for so much more. Where the plan
+        counts what is within the clip, the count follows.
+
         Against the gradient, so that adding it descends. Under a `RecordDistributed` plan one
         Poisson-sampled step of clipped gradients; under a `SiteDistributed` one the clipped update
-        of whole local training. With this site's noise in it; only sums may be seen.
+        of whole local training, rotated where there is a `rotation` of that many numbers. With this
+        site's noise in it; only sums may be seen.
         """
         plan = self._plan
         if isinstance(plan, SiteDistributed):
-            update = torch.from_numpy(self._trained(weights, mask, None, randomness)[None, mask])
+            fine = self._clipped_update(plan, weights, mask, randomness, clip_scale, rotation)
             seed = Seed.draw(randomness)
-            fine = integers.clipped_sum([update], plan.clip, plan.units)
             rounding = Keystream(seed, "rounding")
             total = integers.conditionally_rounded(fine, plan.sensitivity, rounding)
         elif isinstance(plan, RecordDistributed):
-            models.assign(self._module, weights)
-            self._module.train()
+            self._start(weights)
             seed = Seed.draw(randomness)
             samples = Keystream(seed, "poisson sampling")
-            fine = self._clipped_sum(plan.rate, plan.clip, plan.units, self._shaped(mask), samples)
-            total = integers.dithered(-fine[mask], Keystream(seed, "rounding"))
+            clip = clip_scale * plan.clip
+            fine = self._clipped_sum(plan, clip, self._shaped(mask), samples)
+            fine = np.append(-fine[: self._layout.size][mask], fine[self._layout.size :])
+            total = integers.dithered(fine, Keystream(seed, "rounding"))
         else:
             raise ValueError("only a distributed plan has noised sums")
         noise = DiscreteGaussian(plan.deviation)
         return total + noise.sample(Keystream(seed, "discrete gaussian noise"), len(total))
+
+    def _clipped_update(
+        self,
+        plan: SiteDistributed,
+        weights: NDArray[np.float32],
+        mask: NDArray[np.bool_],
+        randomness: Randomness,
+        clip_scale: float,
+        rotation: Rotation | None,
+    ) -> NDArray[np.int64]:
+        """The update of local training without noise, and the count, in fine units.
+
+        A float tells if the update was within the clip, and the norm of all is bounded after that.
+        """
+        update = self._trained(weights, mask, randomness)[mask].astype(np.float64)
+        clip = clip_scale * plan.clip
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is left out
+            if plan.counted:
+                norm = float(np.linalg.norm(update))
+                told = clip * plan.count / plan.units * (1.0 if norm <= clip else -1.0)
+                update = np.append(update * (clip / max(norm, clip)), told)
+            if rotation is not None:
+                update = rotation.rotate(update)
+        whole = clip * (plan.bound / plan.units)
+        return integers.clipped_sum([torch.from_numpy(update[None])], whole, plan.bound)
 
     def _descend(self, masks: list[torch.Tensor], seed: Seed) -> None:
         """Mini-batch steps on shuffled records: no privacy."""
@@ -139,41 +181,50 @@ class Trainer:
             optimiser.step()
             _prune(parameters, masks)
 
-    def _descend_privately(self, plan: RecordLocal, masks: list[torch.Tensor], seed: Seed) -> None:
-        """DP-SGD steps on Poisson samples. An empty sample still adds its noise."""
+    def _descend_privately(
+        self, plan: RecordLocal, clip_scale: float, masks: list[torch.Tensor], seed: Seed
+    ) -> NDArray[np.float64]:
+        """DP-SGD steps on Poisson samples. An empty sample still adds its noise.
+
+        Gives the mean share of records within the clip, less one half, float64[1]; float64[0] where
+        the plan does not count them.
+        """
         parameters = list(self._module.parameters())
         optimiser = models.optimiser(self._training, self._module.parameters())
         samples, noise = Keystream(seed, "poisson sampling"), Keystream(seed, "gaussian noise")
         kept = torch.cat([keep.reshape(-1) for keep in masks])
-        unit = plan.clip / plan.units / plan.expected_batch
+        clip, size = clip_scale * plan.clip, self._layout.size
+        unit = clip / plan.units / plan.expected_batch
+        counts = np.zeros(int(plan.counted))
         for _ in range(self._training.local_steps):
-            total = self._clipped_sum(plan.rate, plan.clip, plan.units, masks, samples)
+            total = self._clipped_sum(plan, clip, masks, samples)
             noised = integers.hardened(total, plan.deviation, noise)
-            gradient = torch.from_numpy(noised * unit).to(kept) * kept
+            counts += noised[size:]
+            gradient = torch.from_numpy(noised[:size] * unit).to(kept) * kept
             for parameter, part in zip(parameters, self._layout.slices(), strict=True):
                 parameter.grad = gradient[part].reshape(parameter.shape)
             optimiser.step()
             _prune(parameters, masks)
+        return counts / (2 * max(1, plan.count) * plan.expected_batch * self._training.local_steps)
 
     def _clipped_sum(
         self,
-        rate: float,
+        plan: RecordLocal | RecordDistributed,
         clip: float,
-        units: int,
         masks: list[torch.Tensor],
         samples: Keystream,
     ) -> NDArray[np.int64]:
         """The sum over a Poisson sample of records (or people) of their clipped gradients.
 
-        int64[d], in units of clip / units. A pruned coordinate counts neither in a gradient's norm
-        nor in the sum.
+        int64[d], in units of clip / plan.units, and the plan's count after it. A pruned coordinate
+        counts neither in a gradient's norm nor in the sum.
         """
-        total = np.zeros(self._layout.size, np.int64)
-        drawn = np.flatnonzero(samples.uniform(self._protected) < rate)
+        total = np.zeros(self._layout.size + plan.counted, np.int64)
+        drawn = np.flatnonzero(samples.uniform(self._protected) < plan.rate)
         step = max(1, _MOST_NUMBERS // self._layout.size)
         for start in range(0, len(drawn), step):
             gradients = self._gradients(drawn[start : start + step], masks)
-            total += integers.clipped_sum(gradients, clip, units)
+            total += integers.clipped_sum(gradients, clip, plan.units, plan.count)
         return total
 
     def _gradients(self, drawn: NDArray[np.int64], masks: list[torch.Tensor]) -> list[torch.Tensor]:

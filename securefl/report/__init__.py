@@ -95,6 +95,7 @@ def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
         ("Ended because", summary.stopped),
         ("Model parameters", f"{summary.parameters:,}"),
         ("Pruned at the end", words.percent(summary.sparsity)),
+        *_clip(history),
         ("Upload a parameter", f"{words.number(summary.bytes_up_per_parameter)} bytes"),
         ("Uploaded, last round", words.size(summary.bytes_up_last_round)),
         ("Uploaded, whole run", words.size(summary.bytes_up_total)),
@@ -103,6 +104,14 @@ def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
         *_thresholds(history, len(summary.sites)),
         ("securefl version", summary.version),
     ]
+
+
+def _clip(history: History) -> Sequence[tuple[str, str]]:
+    """How the clip went, where it is adaptive."""
+    clips = [record.clip for record in history.rounds if record.clip is not None]
+    if not clips:
+        return []
+    return [("Clip, first to last round", f"{words.number(clips[0])} to {words.number(clips[-1])}")]
 
 
 def _thresholds(history: History, sites: int) -> Sequence[tuple[str, str]]:

@@ -77,6 +77,7 @@ def plots(rounds: Sequence[RoundRecord], budget: float | None = None) -> list[Pl
     with mpl.rc_context(_STYLE):
         drawn += _metrics(rounds)
         drawn.append(_epsilon(rounds, budget))
+        drawn.append(_clip(rounds))
         drawn.append(_sparsity(rounds))
         drawn.append(
             _by_phase(
@@ -190,6 +191,25 @@ def _epsilon(rounds: Sequence[RoundRecord], budget: float | None) -> Plot | None
         "Aborted rounds are charged too.",
         f"Epsilon by round at {len(sites)} sites; the highest ends at "
         f"{words.rounded_up(highest[-1])}.",
+    )
+
+
+def _clip(rounds: Sequence[RoundRecord]) -> Plot | None:
+    clips = [record.clip for record in rounds]
+    known = [clip for clip in clips if clip is not None]
+    if not known:
+        return None
+    figure, axes = _canvas(rounds)
+    _line(axes, rounds, [math.nan if clip is None else clip for clip in clips])
+    if max(known) > 2 * min(known):
+        axes.set_yscale("log")
+    axes.set_ylabel("L2 norm")
+    return _finish(
+        figure,
+        "Clip",
+        "The norm to which each gradient or update was clipped. It follows a quantile of their "
+        "norms, which is a part of what the privacy plan covers.",
+        f"The clip by round, from {_first_to_last(known)}.",
     )
 
 

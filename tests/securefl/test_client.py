@@ -267,13 +267,13 @@ def test_the_charge_is_on_disk_before_any_sample_or_noise_is_drawn(
     on_disk: list[int] = []
     real = client_module.Trainer.update
 
-    def watched(self, weights, mask, randomness):
+    def watched(self, weights, mask, randomness, *more):
         def drawing(size: int) -> bytes:
             on_disk.append(SiteStore(made.folder / site).charged)
             return randomness(size)
 
         on_disk.append(SiteStore(made.folder / site).charged)
-        return real(self, weights, mask, drawing)
+        return real(self, weights, mask, drawing, *more)
 
     monkeypatch.setattr(client_module.Trainer, "update", watched)
     assert SiteStore(made.folder / site).charged == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.engines import inprocess
 from securefl.evaluation import evaluate
-from securefl.messages import Answer, Request
+from securefl.messages import Answer, Refusal, Request
 from securefl.privacy.plan import Observer, RecordDistributed, SiteDistributed
 from securefl.privacy.training import Trainer
 from securefl.records import read_history
@@ -104,8 +105,8 @@ def given(monkeypatch) -> Iterator[list[np.ndarray]]:
     seen: list[np.ndarray] = []
     real = Trainer.noised_sum
 
-    def noted(self, weights, mask, randomness):
-        seen.append(real(self, weights, mask, randomness))
+    def noted(self, *arguments):
+        seen.append(real(self, *arguments))
         return seen[-1]
 
     monkeypatch.setattr(Trainer, "noised_sum", noted)
@@ -280,6 +281,202 @@ def _slots(reply: bytes, encoding: Integers) -> np.ndarray:
     return unpack(packed, encoding.slots(8), encoding.plain_bits)
 
 
+# --- rotated updates -----------------------------------------------------------------------------
+
+WIDE = ("model.name=mlp", "model.hidden=[200]", "privacy.epsilon=150.0")
+"""1,202 parameters: rotated, a site's clip is spread over 1,024 of them."""
+
+
+def test_rotation_is_used_exactly_where_it_narrows_the_fields(trial):
+    for overrides, expected in (
+        ((), False),  # eight parameters: Hoeffding's bound over eight says nothing
+        (WIDE, True),
+        ((*WIDE, "pruning.sparsity=0.5"), True),
+        ((*WIDE, "pruning.sparsity=0.99"), False),  # the fields must hold the last rounds as well
+    ):
+        experiment = trial("site", *overrides)
+        plan = simulation.assemble(experiment).plan
+        assert agreement.rotates(experiment, plan) == expected
+        plain = plan.field_bits(agreement.OVERFLOW)
+        field = agreement.encoding(experiment, 4, plan).field_bits
+        assert (field < plain) == expected
+        assert field <= plain
+        assert (agreement.rotation(experiment, plan, 0, 10) is not None) == expected
+    records = trial("record", "model.name=mlp", "model.hidden=[200]")
+    assert not agreement.rotates(records, simulation.assemble(records).plan)
+    assert not agreement.rotates(records, None)
+
+
+def test_every_update_has_a_rotation_of_its_own_and_all_sites_the_same(trial):
+    experiment = trial("site", *WIDE)
+    plan = simulation.assemble(experiment).plan
+    made = [agreement.rotation(experiment, plan, update, 1202) for update in range(20)]
+    assert len({rotation.material for rotation in made}) == 20
+    other = experiment.model_copy(update={"seed": 1})
+    assert agreement.rotation(other, plan, 0, 1202) not in made
+    assert agreement.rotation(trial("site", *WIDE), plan, 3, 1202) == made[3]
+
+
+def test_rotated_updates_come_back_as_the_mean_of_the_clipped_ones(
+    trial, tmp_path, given, monkeypatch
+):
+    """What is sent is rotated; what the server gets is not, and has the stated noise."""
+    updates: list[np.ndarray] = []
+    real = Trainer._trained
+
+    def trained(self, *arguments):
+        updates.append(real(self, *arguments).astype(np.float64))
+        return updates[-1].astype(np.float32)
+
+    monkeypatch.setattr(Trainer, "_trained", trained)
+    experiment = trial("site", *WIDE, "not_private_seed=3", "protocol.name=plain")
+    means = [np.frombuffer(mean) for _, mean in played(experiment, tmp_path / "run", rounds=2)]
+    plan = simulation.assemble(experiment).plan
+    for number, mean in enumerate(means):
+        mine = slice(4 * number, 4 * number + 4)
+        clipped = [u * min(1.0, plan.clip / np.linalg.norm(u)) for u in updates[mine]]
+        expected = np.mean(clipped, axis=0)
+        noise = plan.grid * math.hypot(plan.deviation, 0.5) / math.sqrt(4)  # 0.5: of rounding
+        assert 0.9 * plan.grid * plan.deviation / 2 < (mean - expected).std() < 1.1 * noise
+        sent = sum(given[mine]) * plan.grid / 4
+        assert np.linalg.norm(sent - expected) > 0.5 * np.linalg.norm(expected)
+        rotation = agreement.rotation(experiment, plan, number, 1202)
+        np.testing.assert_array_equal(rotation.restore(sent), mean)
+
+
+@pytest.mark.parametrize("more", [(), ("pruning.sparsity=0.5", "pruning.schedule=one-shot")])
+def test_rotated_runs_agree_bit_for_bit_whoever_opens(trial, tmp_path, more):
+    """Under plain, where the server opens masked-bfv's sum, and where each site opens its own."""
+    seeded = (*WIDE, *more, "not_private_seed=3", "rounds=2")
+    ways = ("name=plain", "name=masked-bfv", "name=secagg", "reveal=sites")
+    models_ = []
+    for way in ways:
+        name = () if way.startswith("name") else ("protocol.name=masked-bfv",)
+        experiment = trial("site", *seeded, *name, f"protocol.{way}")
+        assert agreement.rotates(experiment, simulation.assemble(experiment).plan)
+        models_.append(model(run(experiment, tmp_path / way).directory))
+    assert len(set(models_)) == 1
+
+
+# --- a clip that follows a quantile --------------------------------------------------------------
+
+FAR = ("privacy.clip_quantile=0.5", "privacy.clip=20.0", "privacy.clip_learning_rate=0.5")
+"""Every gradient and update is within this clip, so that it shrinks round by round."""
+
+
+def clips(folder: Path) -> list[float | None]:
+    return [record.clip for record in read_history(folder).rounds]
+
+
+@pytest.mark.parametrize("unit", ["record", "site"])
+def test_an_adaptive_clip_is_the_same_whoever_opens_bit_for_bit(trial, tmp_path, unit):
+    """Under plain, where the server opens masked-bfv's sum, and where each site opens its own.
+
+    With pruning, and the sites' updates rotated.
+    """
+    seeded = (*FAR, "pruning.sparsity=0.5", "pruning.schedule=one-shot", "not_private_seed=3")
+    if unit == "site":
+        seeded += WIDE
+    told = []
+    for way in ("name=plain", "name=masked-bfv", "reveal=sites"):
+        name = () if way.startswith("name") else ("protocol.name=masked-bfv",)
+        experiment = trial(unit, *seeded, *name, f"protocol.{way}")
+        done = run(experiment, tmp_path / way)
+        assert agreement.rotates(experiment, simulation.assemble(experiment).plan) == (
+            unit == "site"
+        )
+        told.append((model(done.directory), clips(done.directory)))
+    assert told[0] == told[1] == told[2]
+    past = told[0][1]
+    assert past[0] == 20.0
+    assert all(20 * math.exp(-0.5 * i) <= clip < 20 for i, clip in enumerate(past) if i)
+
+
+@pytest.mark.parametrize("unit", ["record", "person", "site"])
+def test_the_clip_of_a_run_moves_as_the_opened_counts_say(trial, tmp_path, given, unit):
+    experiment = trial(unit, *FAR, "not_private_seed=3", "protocol.name=plain")
+    plan = simulation.assemble(experiment).plan
+    done = run(experiment, tmp_path / "run")
+    expected = [20.0]
+    for number in range(3):
+        total = sum(vector[-1] for vector in given[4 * number : 4 * number + 4])
+        batch = 4 if unit == "site" else 48
+        share = 0.5 + total * 2**16 / (2 * plan.count * batch)
+        expected.append(expected[-1] * math.exp(-0.5 * max(-1.0, min(1.0, share - 0.5))))
+    assert clips(done.directory) == pytest.approx(expected[:3], rel=1e-9)
+    assert done.summary.epsilon["east"] == plan.spent(3)
+
+
+def test_a_site_with_local_noise_tells_its_share_and_the_clip_follows(trial, tmp_path):
+    local = (
+        "privacy.noise=local",
+        "privacy.expected_batch=10",
+        "privacy.epsilon=30.0",
+        "training.local_steps=2",
+        "training.learning_rate=0.01",
+    )
+    fixed = run(trial("record", *local, "protocol.name=bfv"), tmp_path / "fixed")
+    assert clips(fixed.directory) == [None] * 3
+    told = []
+    for way in ("name=bfv", "name=masked-bfv"):
+        experiment = trial("record", *local, *FAR, "not_private_seed=2", f"protocol.{way}")
+        done = run(experiment, tmp_path / way)
+        told.append((model(done.directory), clips(done.directory)))
+        assert done.summary.epsilon["east"] <= 30
+    assert told[0] == told[1]
+    past = told[0][1]
+    assert past[0] == 20.0
+    assert past[2] < past[1] < 20
+    # About as many are sampled as are expected, and nearly all of them are within.
+    assert past[2] == pytest.approx(20 * math.exp(-0.5 * 0.5 * 2), rel=0.25)
+
+
+@pytest.mark.parametrize("reveal", ["server", "sites"])
+def test_a_run_that_was_stopped_goes_on_with_its_clip(trial, tmp_path, reveal):
+    class StopError(Exception):
+        pass
+
+    class Stopping:
+        def started(self, rounds: int, done: int) -> None: ...
+        def phase(self, round_number: int, phase: str) -> None: ...
+        def finished(self, record) -> None:
+            if record.update == 2:
+                raise StopError
+
+    ways = ("protocol.name=masked-bfv", f"protocol.reveal={reveal}")
+    seeded = trial("person", *FAR, "not_private_seed=7", *ways)
+    whole = run(seeded, tmp_path / "whole")
+    with pytest.raises(StopError):
+        run(seeded, tmp_path / "run", progress=Stopping())
+    done = resume(tmp_path / "run")
+    assert clips(done.directory) == clips(whole.directory)
+    assert len(set(clips(done.directory))) == 3
+    assert model(done.directory) == model(whole.directory)
+
+
+@pytest.mark.parametrize(("overrides", "refused"), [((), True), (FAR, False)])
+def test_a_server_cannot_move_a_clip_that_the_experiment_holds_fixed(
+    trial, bench, overrides, refused
+):
+    made = bench(trial("record", *overrides))
+    state = dataclasses.replace(made.model, clip_scale=4.0)
+    reply = made.ask("east", made.first(1, state))
+    assert isinstance(reply, Refusal) == refused
+    if refused:
+        assert "moves the clip" in reply.reason
+
+
+def test_sites_that_are_shown_different_clips_make_no_sum(trial, bench):
+    """The clip is in what masks are bound to."""
+    made = bench(trial("record", *FAR))
+    other = dataclasses.replace(made.model, clip_scale=0.5)
+    reply = made.ask(
+        "east", made.request(1, "advertise", made.begin(1).to_bytes(), other.to_message())
+    )
+    assert isinstance(reply, Refusal)
+    assert "another model" in reply.reason
+
+
 # --- what is public ------------------------------------------------------------------------------
 
 
@@ -373,13 +570,13 @@ def test_the_charge_is_on_disk_before_a_record_is_read(trial, bench, monkeypatch
     on_disk: list[int] = []
     real = Trainer.noised_sum
 
-    def watched(self, weights, mask, randomness):
+    def watched(self, weights, mask, randomness, *more):
         def drawing(size: int) -> bytes:
             on_disk.append(SiteStore(made.folder / "south").charged)
             return randomness(size)
 
         on_disk.append(SiteStore(made.folder / "south").charged)
-        return real(self, weights, mask, drawing)
+        return real(self, weights, mask, drawing, *more)
 
     monkeypatch.setattr(Trainer, "noised_sum", watched)
     assert SiteStore(made.folder / "south").charged == 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from securefl.config import Pruning
 from securefl.models import Layout
-from securefl.pruning import prune, target_sparsity
+from securefl.pruning import fewest_surviving, prune, target_sparsity
 
 SCOPES = st.sampled_from(["global", "layer"])
 SPARSITIES = st.floats(0, 1, exclude_max=True)
@@ -92,6 +92,16 @@ def test_pruning_twice_is_pruning_once(network, sparsity, scope):
     layout, weights, mask = network
     once = prune(weights, mask, layout, sparsity, scope)
     assert np.array_equal(prune(weights * once, once, layout, sparsity, scope), once)
+
+
+@given(networks(), st.floats(0, 1, exclude_min=True, exclude_max=True), SCOPES)
+def test_never_fewer_survive_than_what_fields_are_planned_for(network, sparsity, scope):
+    layout, weights, mask = network
+    left = int(prune(weights, mask, layout, sparsity, scope).sum())
+    least = fewest_surviving(Pruning(sparsity=sparsity), layout.size)
+    assert 1 <= least <= left
+    assert least == left or scope == "layer"
+    assert fewest_surviving(None, layout.size) == layout.size
 
 
 def test_pruned_coordinates_count_towards_the_target():

@@ -156,6 +156,8 @@ def test_an_unknown_field_is_named() -> None:
         ({"seconds": {"upload": -1.0}}, "seconds of upload"),
         ({"dropouts": {"a": "gone"}}, "a both survived and dropped out"),
         ({"aborted": (2,)}, "not past"),
+        ({"clip": 0.0}, "clip = 0.0 is not"),
+        ({"clip": math.inf}, "clip = inf is not"),
     ],
 )
 def test_a_round_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:

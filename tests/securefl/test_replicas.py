@@ -51,7 +51,7 @@ def replica(update: int = 1, seed: int = 0, salt: bytes | None = None) -> Replic
     mask = np.arange(SIZE) % 3 != 0
     weights = np.where(mask, rng.normal(size=SIZE), 0).astype(np.float32)
     moments = {"first": rng.normal(size=SIZE), "second": rng.uniform(size=SIZE)}
-    state = GlobalState(update, weights, mask, moments, 2)
+    state = GlobalState(update, weights, mask, moments, 2, 0.75)
     return Replica(state, bytes([seed]) * 32 if salt is None else salt)
 
 
@@ -77,6 +77,7 @@ def test_a_copy_comes_back_as_it_was(update, seed):
         k: v.tobytes() for k, v in made.state.moments.items()
     }
     assert (again.state.update, again.state.quiet, again.salt) == (update, 2, made.salt)
+    assert again.state.clip_scale == 0.75
 
 
 def test_the_digest_binds_everything_that_the_next_round_depends_on():
@@ -84,12 +85,13 @@ def test_the_digest_binds_everything_that_the_next_round_depends_on():
     state = base.state
     weights, moments = state.weights.copy(), dict(state.moments)
     weights[1] += 1
-    copies.append(GlobalState(1, weights, state.mask, state.moments, 2))
+    copies.append(GlobalState(1, weights, state.mask, state.moments, 2, 0.75))
     moments["second"] = np.nextafter(moments["second"], 2)
-    copies.append(GlobalState(1, state.weights, state.mask, moments, 2))
-    copies.append(GlobalState(1, state.weights, state.mask, {}, 2))
-    copies.append(GlobalState(2, state.weights, state.mask, state.moments, 2))
-    copies.append(GlobalState(1, state.weights, state.mask, state.moments, 3))
+    copies.append(GlobalState(1, state.weights, state.mask, moments, 2, 0.75))
+    copies.append(GlobalState(1, state.weights, state.mask, {}, 2, 0.75))
+    copies.append(GlobalState(2, state.weights, state.mask, state.moments, 2, 0.75))
+    copies.append(GlobalState(1, state.weights, state.mask, state.moments, 3, 0.75))
+    copies.append(GlobalState(1, state.weights, state.mask, state.moments, 2, 0.7500001))
     made = [standing(base), *(standing(Replica(copy, base.salt)) for copy in copies)]
     made += [standing(replica(salt=bytes([9]) * 32)), base.standing(bytes(32))]
     assert len({item.model for item in made}) == len(made)

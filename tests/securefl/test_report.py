@@ -119,6 +119,15 @@ def test_a_seeded_run_shows_its_epsilon_as_no_guarantee(write_run: Any) -> None:
     assert "whoever knows it can take the noise away" in page.text
 
 
+def test_the_clip_by_round_is_told_where_it_is_adaptive(write_run: Any) -> None:
+    page = Page(write_report(write_run(records={"clip": 0.3125})))
+    assert "Clip, first to last round 0.3125 to 0.3125" in page.text
+    assert "The clip by round, from 0.3125 to 0.3125." in page.pictures
+    fixed = Page(write_report(write_run("fixed")))
+    assert "Clip" not in fixed.text
+    assert not [alt for alt in fixed.pictures if "clip" in alt]
+
+
 def test_what_a_run_wrote_cannot_become_markup(write_run: Any) -> None:
     attack = '<script>alert("x")</script><img src="https://example.org/x">'
     directory = write_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def states(draw) -> GlobalState:
     mask = np.array(bits, np.bool_)
     weights = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(size=size)
     weights = weights.astype(np.float32) * mask
-    return GlobalState(draw(st.integers(0, 2**40)), weights, mask)
+    scale = draw(st.floats(2.0**-20, 2.0**20))
+    return GlobalState(draw(st.integers(0, 2**40)), weights, mask, clip_scale=scale)
 
 
 def state(seed: int = 0, quiet: int = 0) -> GlobalState:
@@ -46,7 +48,7 @@ def state(seed: int = 0, quiet: int = 0) -> GlobalState:
 @given(states())
 def test_a_model_comes_back_from_the_wire_as_it_was(state):
     again = GlobalState.from_message(state.to_message(), len(state.weights))
-    assert again.update == state.update
+    assert (again.update, again.clip_scale) == (state.update, state.clip_scale)
     np.testing.assert_array_equal(again.weights, state.weights)
     np.testing.assert_array_equal(again.mask, state.mask)
     assert again.to_message() == state.to_message()
@@ -54,16 +56,18 @@ def test_a_model_comes_back_from_the_wire_as_it_was(state):
 
 
 @given(states())
-def test_the_digest_binds_every_weight_the_mask_and_the_update(state):
+def test_the_digest_binds_every_weight_the_mask_the_update_and_the_clip(state):
+    clip = 2.0 if state.clip_scale == 1 else 1.0
+    assert dataclasses.replace(state, clip_scale=clip).digest() != state.digest()
     index = int(np.flatnonzero(state.mask)[0])
     weights = state.weights.copy()
     weights[index] += 1
-    assert GlobalState(state.update, weights, state.mask).digest() != state.digest()
-    assert GlobalState(state.update + 1, state.weights, state.mask).digest() != state.digest()
+    assert dataclasses.replace(state, weights=weights).digest() != state.digest()
+    assert dataclasses.replace(state, update=state.update + 1).digest() != state.digest()
     mask = state.mask.copy()
     mask[index] = False
     assume(mask.any())
-    fewer = GlobalState(state.update, state.weights * mask, mask)
+    fewer = dataclasses.replace(state, weights=state.weights * mask, mask=mask)
     assert fewer.digest() != state.digest()
 
 
@@ -118,6 +122,8 @@ def test_random_bytes_are_refused(data):
         (ModelMessage(0, 20, b"\xff\xff\x17", bytes(80)), "one form"),
         (ModelMessage(0, 20, b"\xff\xff", bytes(64)), "wrong length"),
         (ModelMessage(0, 20, b"\x00\x00\x00", b""), "do not fit"),
+        (ModelMessage(0, 20, b"", bytes(80), 2.0**21), "Expected `float`"),
+        (ModelMessage(0, 20, b"", bytes(80), np.nan), "Expected `float`"),
         (ModelMessage(0, 20, b"", np.full(20, np.nan, "<f4").tobytes()), "not finite"),
         (ModelMessage(0, 20, b"", np.full(20, np.inf, "<f4").tobytes()), "not finite"),
     ],
@@ -338,3 +344,40 @@ def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path):
         read, _ = GlobalState.from_checkpoint(path)
         assert contents(read) == contents(now)
         assert read.released.tobytes() == now.released.tobytes()
+
+
+# --- the clip ------------------------------------------------------------------------------------
+
+ADAPTIVE = {
+    "epsilon": 5.0,
+    "delta": 1e-3,
+    "rate": 0.2,
+    "expected_batch": 16,
+    "noise": "distributed",
+    "clip": 4.0,
+    "clip_quantile": 0.5,
+}
+
+
+def test_apply_moves_the_clip_and_reads_the_update_in_its_units(tmp_path: Path):
+    """All within the clip: it shrinks. And it goes on from a checkpoint."""
+    trial = experiment(privacy=ADAPTIVE)
+    start = GlobalState(0, np.zeros(44, np.float32), np.ones(44, np.bool_), clip_scale=2.0)
+    mean = np.append(np.full(44, 0.25), 4.0 / 8)
+    moved = apply(start, mean, FedAvg(), LAYOUT, trial)
+    assert moved.weights.tolist() == [0.5] * 44
+    assert moved.clip_scale == pytest.approx(2 * np.exp(-0.1), rel=1e-15)
+    path = tmp_path / "update-000001.safetensors"
+    write(path, moved.to_checkpoint("{}"))
+    read, _ = GlobalState.from_checkpoint(path)
+    assert read.clip_scale == moved.clip_scale
+    again = apply(read, mean, FedAvg(), LAYOUT, trial)
+    assert again.to_message() == apply(moved, mean, FedAvg(), LAYOUT, trial).to_message()
+    fixed = experiment(privacy={**ADAPTIVE, "clip_quantile": None})
+    assert apply(state(), np.ones(44), FedAvg(), LAYOUT, fixed).clip_scale == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf, 2.0**21])
+def test_a_clip_out_of_range_is_no_state(scale):
+    with pytest.raises(ValueError, match="clip_scale"):
+        GlobalState(0, np.zeros(4, np.float32), np.ones(4, np.bool_), clip_scale=scale)

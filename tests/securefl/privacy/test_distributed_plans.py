@@ -14,7 +14,13 @@ from protocols.keystream import Keystream, Seed
 from protocols.noise import DiscreteGaussian
 from securefl.config import ConfigurationError, Privacy
 from securefl.privacy import accounting, integers
-from securefl.privacy.plan import Cohort, Observer, RecordDistributed, SiteDistributed
+from securefl.privacy.plan import (
+    Cohort,
+    Observer,
+    RecordDistributed,
+    RecordLocal,
+    SiteDistributed,
+)
 
 COHORT = Cohort(sites=5, minimum=4, tolerated=1)
 SMALL = {"epsilon": 1.0, "delta": 1e-3, "rate": 0.2, "expected_batch": 200, "clip": 0.7}
@@ -229,3 +235,141 @@ def test_a_sites_field_holds_every_site_at_its_clip(site_plan):
     noise = site_plan.deviation * math.sqrt(2 * 20 * math.log(2e9))
     assert 20 * site_plan.units / 2**16 + 20 + noise <= (1 << (bits - 1)) - 1
     assert site_plan.signal_to_noise > 0
+
+
+@pytest.mark.parametrize("overflow", [1e-3, 2.0**-40])
+@pytest.mark.parametrize(("sites", "deviation"), [(5, 2.0), (100, 2.0), (100, 300.0)])
+def test_a_rotated_field_holds_rotation_rounding_and_noise_together(sites, deviation, overflow):
+    """One coordinate is a sum of signs and of Gaussians: against its tail, written out."""
+    plan = dataclasses.replace(
+        SiteDistributed.calibrate(8.0, 1e-5, 2.0, 10, Cohort(sites, sites, 1), 2000),
+        deviation=deviation,
+    )
+    bits = plan.field_bits(overflow, 1024)
+    largest = (1 << (bits - 1)) - 1
+    clips, noise = sites * plan.units / 2**16, math.sqrt(sites) * deviation
+    spread = math.hypot(clips / math.sqrt(1024), noise)
+    reach = spread * math.sqrt(2 * math.log(2 / overflow)) + sites
+    assert largest / 2 - 1 < reach * 1.001
+    assert reach <= largest
+    assert math.erfc((largest - sites) / spread / math.sqrt(2)) <= overflow
+    assert bits < plan.field_bits(overflow)
+    with pytest.raises(ValueError, match="spread"):
+        plan.field_bits(overflow, 0)
+
+
+def test_a_rotation_that_spreads_over_little_takes_more_bits_than_none(site_plan):
+    """Hoeffding's bound says nothing there: the plain bound is the exact one."""
+    quiet = dataclasses.replace(site_plan, deviation=2.0)
+    assert quiet.field_bits(1e-12, 1) > quiet.field_bits(1e-12)
+
+
+# --- the count of an adaptive clip ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counting() -> RecordDistributed:
+    return record(clip_quantile=0.5)
+
+
+@pytest.fixture(scope="module")
+def counting_site() -> SiteDistributed:
+    return SiteDistributed.calibrate(8.0, 1e-5, 2.0, 10, Cohort(20, 15, 3), 2000, counted=True)
+
+
+def test_the_count_is_a_coordinate_of_the_event_and_part_of_its_sensitivity(
+    counting, counting_site
+):
+    """A record's fine vector is sqrt(units^2 + count^2) long: for that it is charged."""
+    for plan, beta, dimension in (
+        (counting, counting.beta, 500),
+        (counting_site, math.exp(-0.5), 2000),
+    ):
+        assert plan.count * 8 == plan.units
+        event = plan.event(Observer.OTHERS)
+        assert event.dimension == plan.coordinates == dimension + 1
+        whole = math.sqrt(plan.units**2 + plan.count**2) / 2**16
+        assert event.sensitivity == pytest.approx(
+            integers.sensitivity(whole, dimension + 1, beta), rel=1e-6
+        )
+        uncharged = dataclasses.replace(plan, counted=False)
+        assert uncharged.sensitivity < plan.sensitivity
+        assert uncharged.spent(10) < plan.spent(10) * 0.996
+        assert uncharged.count == 0
+
+
+def test_a_plan_that_counts_meets_its_epsilon_for_less_than_one_percent_more_noise(
+    plan, counting, site_plan, counting_site
+):
+    assert 0.985 <= counting.spent(22) <= 1.0
+    assert 0.985 * 8 <= counting_site.spent(10) <= 8.0
+    for fixed, counts in ((plan, counting), (site_plan, counting_site)):
+        noise, more = (each.deviation * each.grid for each in (fixed, counts))
+        assert noise * 1.003 < more < noise * 1.01
+        assert counts.signal_to_noise < fixed.signal_to_noise
+
+
+def test_a_hostile_rows_vector_stays_within_the_charged_sensitivity(counting):
+    """Clipped, counted and rounded: the change that one record makes, over many draws of u.
+
+    A row just within the clip and one far beyond it are as long as can be.
+    """
+    units, count = counting.units, counting.count
+    rng = np.random.default_rng(3)
+    worst = 0.0
+    for size in (0.999999, 1.0, 1.000001, 1e9):
+        for kind in ("dense", "one coordinate", "half steps"):
+            row = {
+                "dense": rng.normal(size=500),
+                "one coordinate": np.eye(500)[7],
+                "half steps": np.full(500, 1.0),
+            }[kind]
+            row *= size * counting.clip / np.linalg.norm(row)
+            fine = integers.clipped_sum([torch.tensor(row[None])], counting.clip, units, count)
+            assert np.square(fine.astype(object)).sum() <= units**2 + count**2
+            assert abs(fine[-1]) == count
+            others = rng.integers(-(1 << 30), 1 << 30, 501)
+            for i in range(20):
+                name = f"{size} {kind} {i}"
+                before = integers.dithered(others, stream(name))
+                after = integers.dithered(others + fine, stream(name))
+                worst = max(worst, math.sqrt(np.square((after - before).astype(object)).sum()))
+    assert worst <= counting.sensitivity
+    # Without the count in it the bound on what is not rounded would not hold.
+    assert math.sqrt(units**2 + count**2) > units * 1.007
+
+
+def test_fields_hold_the_count_of_a_whole_batch():
+    """In a wide model a coordinate of the gradients may be planned for less than the count."""
+    narrow = record(dimension=200_000, clip_quantile=0.5)
+    fixed = record(dimension=200_000)
+    signal, overflow = 0.5, 2.0**-40  # half a clip: hardly any gradient there
+    assert narrow.field_bits(signal, overflow) > fixed.field_bits(signal, overflow)
+    reach = (200 + 4 * math.sqrt(200)) * narrow.count / 2**16
+    noise = narrow.deviation * math.sqrt(2 * 5 * math.log(2 / overflow))
+    assert reach + noise <= (1 << (narrow.field_bits(signal, overflow) - 1)) - 1
+    assert narrow.field_bits(200.0, overflow) == fixed.field_bits(200.0, overflow)
+
+
+def test_the_stated_error_of_the_share_is_that_of_the_noise(counting, counting_site):
+    for plan, sites, batch in ((counting, 5, 200), (counting_site, 20, 20)):
+        noise = np.zeros(4000)
+        for i in range(sites):
+            noise += DiscreteGaussian(plan.deviation).sample(stream(f"share {i}"), 4000)
+        share = noise / (plan.count / 2**16) / (2 * batch)
+        assert plan.share_error(sites) == pytest.approx(share.std(), rel=0.05)
+
+
+def test_local_noise_covers_the_count_as_well():
+    privacy = Privacy(**{**SMALL, "noise": "local", "clip_quantile": 0.3})
+    plan = RecordLocal.calibrate(privacy, 20, 2, 500)
+    fixed = RecordLocal.calibrate(Privacy(**{**SMALL, "noise": "local"}), 20, 2, 500)
+    whole = math.sqrt(plan.units**2 + plan.count**2)
+    assert plan.deviation >= plan.noise_multiplier * whole
+    assert plan.deviation == pytest.approx(plan.noise_multiplier * whole, rel=1e-6)
+    assert plan.count >= plan.units // 8
+    assert fixed.deviation == fixed.noise_multiplier * fixed.units
+    assert plan.spent(22) == pytest.approx(fixed.spent(22), rel=1e-3)
+    assert plan.spent(22) <= 1.0
+    per_step = plan.deviation / (2 * plan.count * 200)
+    assert plan.share_error(5) == pytest.approx(per_step / math.sqrt(10))

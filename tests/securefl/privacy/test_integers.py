@@ -95,6 +95,49 @@ def test_a_record_adds_the_same_integers_whatever_stands_beside_it():
     assert np.array_equal(whole, clipped_sum([rows.flip(0)], 1.0, units))
 
 
+@given(
+    st.lists(st.one_of(ANY_FLOAT, st.floats(-2, 2, width=32)), min_size=1, max_size=40),
+    st.sampled_from([8, 1000, FINE, FINE * 300, 1 << 40]),
+    st.sampled_from([1e-3, 1.0, 17.5]),
+    st.floats(0.5, 2),
+)
+def test_whatever_a_record_holds_it_adds_the_count_or_takes_it_and_no_more(row, units, clip, near):
+    """The exact norm of its whole vector, also of rows that just reach the clip."""
+    array = np.array(row, np.float32)
+    finite = bool(np.isfinite(array).all())
+    if finite and 1e-30 < np.linalg.norm(array.astype(np.float64)) < 1e30:
+        array = (array.astype(np.float64) * (near * clip / np.linalg.norm(array))).astype(
+            np.float32
+        )
+    count = units // 8
+    added = clipped_sum([torch.tensor(array[None])], clip, units, count)
+    assert len(added) == len(row) + 1
+    assert norm_squared(added) <= units**2 + count**2
+    norm = math.sqrt(math.fsum(float(x) ** 2 for x in array)) if finite else math.nan
+    if not finite:
+        assert not added.any()
+    elif norm < clip * (1 - 1e-12):
+        assert added[-1] == count
+    elif norm > clip * (1 + 1e-12):
+        assert added[-1] == -count
+    assert np.array_equal(added[:-1], clipped_sum([torch.tensor(array[None])], clip, units))
+
+
+def test_counts_add_up_over_rows_and_chunks():
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(3000, 100))
+    rows[17, 4], rows[2900, 0] = np.nan, -np.inf  # left out, and not counted
+    norms = np.linalg.norm(rows, axis=1)
+    norms = norms[np.isfinite(norms)]
+    added = clipped_sum([torch.tensor(rows)], 10.0, 1 << 20, 1 << 17)
+    assert added[-1] == (1 << 17) * (int((norms <= 10).sum()) - int((norms > 10).sum()))
+    assert abs(int((norms <= 10).sum()) - 1500) < 200
+    assert np.array_equal(clipped_sum([torch.zeros(0, 3)], 1.0, 8, 1), np.zeros(4, np.int64))
+    for count in (-1, 9):
+        with pytest.raises(ValueError, match="count from 0 to units"):
+            clipped_sum([torch.zeros(1, 3)], 1.0, 8, count)
+
+
 def test_no_rows_add_nothing():
     assert np.array_equal(clipped_sum([torch.zeros(0, 3, 2)], 1.0, 100), np.zeros(6, np.int64))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from protocols.bfv import Parameters
 from securefl import agreement, cli, config
 from securefl.config import ConfigurationError
-from securefl.privacy.plan import Observer
+from securefl.privacy.plan import Observer, SiteDistributed
 from securefl.privacy.preview import preview
 
 PLANNED = ["rounds=5", "privacy.epsilon=2", "privacy.delta=1e-3", "privacy.rate=0.1"]
@@ -28,6 +29,49 @@ def test_the_preview_is_what_a_run_would_use(noise: str, batch: int) -> None:
     encoding = agreement.encoding(experiment, 5, plan)
     assert shown.field_bits == encoding.field_bits
     size = Parameters(encoding.plain_bits, 5).upload_bytes(encoding.slots(100))
+    assert shown.bytes_up == size / 100
+
+
+def test_a_preview_of_whole_updates_says_whether_they_are_rotated() -> None:
+    asked = ["privacy", "plan", "--site", "--epsilon", "50", "--records", "1", "--sites", "20"]
+    asked += ["--delta", "1e-3", "--rounds", "3"]
+    for parameters, rotated in ((10, False), (5000, True)):
+        command = [*asked, "--parameters", str(parameters)]
+        shown = json.loads(CliRunner().invoke(cli.app, [*command, "--format", "json"]).stdout)
+        assert set(shown) == {"distributed"}
+        assert shown["distributed"]["rotated"] is rotated
+        told = CliRunner().invoke(cli.app, command).stdout
+        assert ("yes" in told) == rotated
+    chosen = ["rounds=3", "sites.count=20", "privacy.unit=site", "privacy.epsilon=50"]
+    experiment = config.parse("", [*chosen, "privacy.delta=1e-3"])
+    plan = agreement.plan(experiment, 20, 5000)
+    assert isinstance(plan, SiteDistributed)
+    narrow = agreement.encoding(experiment, 20, plan).field_bits
+    assert shown["distributed"]["field_bits"] == narrow < plan.field_bits(agreement.OVERFLOW)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [*PLANNED, "privacy.expected_batch=20"],
+        [*PLANNED, "privacy.expected_batch=100", "privacy.noise=distributed"],
+        ["rounds=5", "privacy.unit=site", "privacy.epsilon=9", "privacy.delta=1e-3"],
+    ],
+    ids=["local", "distributed", "site"],
+)
+def test_the_preview_tells_what_an_adaptive_clip_costs(given: list[str]) -> None:
+    fixed = preview(config.parse("", given), 5, 100)
+    assert fixed.clip_noise is fixed.share_error is None
+    adaptive = config.parse("", [*given, "privacy.clip_quantile=0.5"])
+    shown, plan = preview(adaptive, 5, 100), agreement.plan(adaptive, 5, 100)
+    assert plan is not None
+    assert shown.share_error == plan.share_error(5)
+    assert shown.clip_noise == pytest.approx(math.sqrt(1 + 1 / 64) - 1, rel=1e-3)
+    assert shown.signal_to_noise == pytest.approx(
+        fixed.signal_to_noise / (1 + shown.clip_noise), rel=0.005
+    )
+    encoding = agreement.encoding(adaptive, 5, plan)
+    size = Parameters(encoding.plain_bits, 5).upload_bytes(encoding.slots(101))
     assert shown.bytes_up == size / 100
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -16,6 +17,7 @@ from securefl import config, models
 from securefl.data import Table
 from securefl.privacy import integers
 from securefl.privacy.plan import Cohort, Plan, RecordDistributed, RecordLocal, SiteDistributed
+from securefl.privacy.rotation import Rotation
 from securefl.privacy.training import Trainer
 
 CPU = torch.device("cpu")
@@ -754,3 +756,97 @@ def test_the_noise_of_a_share_is_that_of_the_sampler_at_the_plans_deviation(rand
         for d in (10.0, 1000.0)
     ]
     assert spread == pytest.approx([10.0, 1000.0], rel=0.05)
+
+
+# --- what is within an adaptive clip -------------------------------------------------------------
+
+
+def slopes(norms: list[float], people=None) -> Table:
+    """Records whose squared-error gradients at zero have these norms, all along the bias."""
+    features = np.zeros((len(norms), 2))
+    return table(features, np.array(norms) / 2, people)
+
+
+NORMS = [0.5] * 7 + [1.5] * 3 + [6.0] * 2
+
+
+@pytest.mark.parametrize(("scale", "within"), [(0.25, 0), (1.0, 7), (2.0, 10), (8.0, 12)])
+def test_a_sum_counts_the_records_within_the_clip_of_the_round(randomness, scale, within):
+    private = dataclasses.replace(distributed(dimension=3), counted=True)
+    made, _ = trainer(slopes(NORMS), private)
+    zeros, mask = np.zeros(3, np.float32), np.ones(3, np.bool_)
+    given = made.noised_sum(zeros, mask, randomness("c"), scale)
+    assert len(given) == 4
+    count = private.count / (1 << integers.FINE_BITS)
+    assert given[3] == pytest.approx(count * (2 * within - 12), abs=30)
+    clipped = sum(min(norm, scale) for norm in NORMS)
+    assert given[2] * private.grid * scale == pytest.approx(clipped, rel=1e-4)
+    mask[0] = False  # no pruning takes the count
+    fewer = made.noised_sum(zeros, mask, randomness("c"), scale)
+    assert len(fewer) == 3
+    assert fewer[2] == pytest.approx(count * (2 * within - 12), abs=30)
+
+
+def test_a_person_is_counted_once(randomness):
+    """By the norm of the mean of all rows: here 0.5, 1.5 and 6 for seven, two and three rows."""
+    private = dataclasses.replace(distributed(dimension=3), counted=True, unit="person")
+    rows = [0.1, 0.9, 0.5, 0.5, 0.2, 0.8, 0.5, 1.0, 2.0, 6.0, 5.0, 7.0]
+    made, _ = trainer(slopes(rows, [*"aaaaaaabbccc"]), private)
+    given = made.noised_sum(np.zeros(3, np.float32), np.ones(3, np.bool_), randomness("p"), 2.0)
+    count = private.count / (1 << integers.FINE_BITS)
+    assert given[3] == pytest.approx(count * (2 - 1), abs=30)
+
+
+@pytest.mark.parametrize(("scale", "within"), [(0.25, 0), (1.0, 7), (8.0, 12)])
+def test_local_noise_tells_the_mean_share_of_its_steps(randomness, scale, within):
+    private = dataclasses.replace(plan(batch=16), counted=True, steps_per_round=3)
+    records = slopes(NORMS)
+    made, _ = trainer(records, private, local_steps=3, learning_rate=1e-9)  # stays where it is
+    given = made.update(np.zeros(3, np.float32), np.ones(3, np.bool_), randomness("l"), scale)
+    assert given.dtype == np.float32
+    assert len(given) == 4
+    assert given[3] == pytest.approx((within - 12 / 2) / 16, abs=1e-4)
+    clipped = sum(min(norm, scale) for norm in NORMS)
+    assert given[2] == pytest.approx(3e-9 * clipped / 16, rel=1e-3)
+
+
+def test_the_noise_of_a_local_share_is_the_plans(randomness):
+    """One coordinate of many: an empty sample tells it alone."""
+    private = dataclasses.replace(plan(2.0, rate=1e-12, batch=16), counted=True)
+    made, weights = trainer(slopes(NORMS), private)
+    mask = np.ones(len(weights), np.bool_)
+    told = [made.update(weights, mask, randomness(f"{i}"))[3] for i in range(600)]
+    assert np.std(told) == pytest.approx(private.share_error(1), rel=0.12)
+    assert stats.kstest(np.array(told) / private.share_error(1), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("scale", "within"), [(0.1, -1), (0.21, 1), (1.0, 1)])
+def test_a_sites_update_tells_if_it_was_within_the_clip(randomness, scale, within, rotated):
+    """Its norm is 0.2: clipped with the count, rotated with it, and found again."""
+    private = dataclasses.replace(site_plan(FINE, 3), counted=True)
+    records = table(np.zeros((4, 2)), np.full(4, 0.5))
+    made, _ = trainer(records, private, learning_rate=0.2, batch_size=4)
+    rotation = Rotation(4, bytes(32)) if rotated else None
+    zeros, mask = np.zeros(3, np.float32), np.ones(3, np.bool_)
+    given = made.noised_sum(zeros, mask, randomness("u"), scale, rotation)
+    assert norm(given) <= private.sensitivity + 40
+    found = given * private.grid * scale
+    if rotation is not None:
+        found = rotation.restore(found)
+    expected = [0.0, 0.0, min(0.2, scale), within * scale / 8]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_diverged_site_is_not_counted(randomness):
+    """Neither within nor beyond: what it sends is noise alone."""
+    private = dataclasses.replace(site_plan(100.0, 51), counted=True)
+    settings = {"learning_rate": 1e30, "local_steps": 6, "batch_size": 8}
+    spoilt = table(np.full((8, 50), 1e6), np.full(8, 1e6))
+    given = noised_sum(spoilt, private, randomness("d"), weights=0.0, **settings)
+    assert len(given) == 52
+    assert np.abs(given).max() < 20  # the count is 12.5 grid units and noise 2
+    zeros = table(np.zeros((8, 50)), np.zeros(8))
+    calm = noised_sum(zeros, private, randomness("d"), weights=0.0, **settings)
+    assert calm[-1] - given[-1] == pytest.approx(12.5, abs=1)
+    np.testing.assert_allclose(calm[:-1], given[:-1], atol=1)
