@@ -26,7 +26,7 @@ from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, printable
 from securefl.privacy import clipping
-from securefl.privacy.ledger import Account, BudgetSpentError, SignedHead
+from securefl.privacy.ledger import Account, BudgetSpentError, Holding, SignedHead
 from securefl.privacy.rotation import Rotation
 from securefl.privacy.training import Trainer
 from securefl.replicas import PHASES as REPLICA_PHASES
@@ -51,8 +51,8 @@ class _Round:
 class Client:
     """The process that acts for one site. Its records leave it only through `answer`.
 
-    account: of the site's ledger; every round under a plan is charged to it too. Raises
-    ConfigurationError when its own records do not fit the experiment.
+    holding: the data set's place in the site's ledger, which every round under a plan is charged to
+    as well. Raises ConfigurationError when its own records do not fit the experiment.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Client:
         session: bytes,
         table: Table,
         store: SiteStore,
-        account: Account | None = None,
+        holding: Holding | None = None,
     ) -> None:
         name = identity.name
         check_records(name, table, experiment)
@@ -70,7 +70,6 @@ class Client:
         self._identity = identity
         self._session = session
         self._store = store
-        self._account = account
         self._protocol = PROTOCOLS[experiment.protocol.name]
         self._thresholds = agreement.thresholds(experiment, len(identity.roster))
         self._weight = _weight(name, table, experiment)
@@ -89,7 +88,22 @@ class Client:
         )
         self._round: _Round | None = None
         self._turn = threading.Lock()  # an engine may ask twice at once
-        store.bind(digest("promise", experiment.digest(), repr(self._plan).encode()).hex())
+        promise = digest("promise", experiment.digest(), repr(self._plan).encode())
+        store.bind(promise.hex())
+        self._account: Account | None = None
+        privacy = experiment.privacy
+        if holding is not None and privacy is not None and self._plan is not None:
+            holding.ledger.observe(holding.dataset, _identifying(table, person))
+            self._account = holding.ledger.open(
+                holding.dataset,
+                holding.run,
+                experiment=experiment.name,
+                promise=promise,
+                unit=self._plan.unit,
+                per_round=self._plan.per_round,
+                rounds=experiment.rounds + privacy.spare_rounds,
+                epsilon=self._plan.epsilon,
+            )
         self._replicas: Replicas | None = None
         if experiment.protocol.reveal == "sites":
             agreed, quorum = experiment.digest(), agreement.quorum(experiment, len(identity.roster))
@@ -279,6 +293,15 @@ def check_records(name: str, table: Table, experiment: Experiment) -> None:
                 f"{name} holds fewer {kind} than privacy.expected_batch = "
                 f"{privacy.expected_batch}: lower expected_batch or leave the site out"
             )
+
+
+def _identifying(table: Table, person: str | None) -> Iterator[bytes]:
+    """What tells one record from another, or one person."""
+    if person is not None:
+        yield from (name.encode() for name in np.unique(table.groups[person]).tolist())
+        return
+    rows = table.features.reshape(len(table), -1)
+    yield from (row.tobytes() + y.tobytes() for row, y in zip(rows, table.target, strict=True))
 
 
 def protected_by(experiment: Experiment) -> str | None:

@@ -12,6 +12,7 @@ from securefl import agreement, data, models
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
+from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
 from securefl.store import SiteStore
 
@@ -54,7 +55,12 @@ def assemble(experiment: Experiment) -> Consortium:
 
 
 def client(
-    experiment: Experiment, table: Table, identity: Identity, session: bytes, folder: Path
+    experiment: Experiment,
+    table: Table,
+    identity: Identity,
+    session: bytes,
+    folder: Path,
+    holding: Holding | None = None,
 ) -> Client:
     """The client of one site, with its durable state in `folder`."""
-    return Client(experiment, identity, session, table, SiteStore(folder))
+    return Client(experiment, identity, session, table, SiteStore(folder), holding)

@@ -222,6 +222,16 @@ class _Book:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """A site's data set in its ledger, as one run may use it. run: a name no other run has."""
+
+    ledger: Ledger
+    dataset: str
+    run: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Account:
     """One run's right to charge one data set."""
 

@@ -110,13 +110,18 @@ class RecordLocal:
         """What neighbouring data sets differ in."""
         return f"add or remove one {self.unit}"
 
-    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
-        """What `rounds` charged rounds cost at `delta`, whoever looks."""
-        del observer
+    @property
+    def per_round(self) -> accounting.Repeated:
+        """What one charged round costs, against anyone but the site itself."""
         distance = integers.hardening_distance(self.deviation, self.dimension + self.counted)
         step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
-        steps = accounting.Repeated(step, rounds * self.steps_per_round)
-        return accounting.cost([steps], self.delta)
+        return accounting.Repeated(step, self.steps_per_round)
+
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`: against every observer the same."""
+        del observer
+        step, times = self.per_round.event, self.per_round.times
+        return accounting.cost([accounting.Repeated(step, rounds * times)], self.delta)
 
     def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
@@ -293,6 +298,11 @@ class RecordDistributed:
             self.slip,
         )
 
+    @property
+    def per_round(self) -> accounting.Repeated:
+        """What one charged round costs against the server and the colluding sites."""
+        return accounting.Repeated(self.event(Observer.OTHERS), 1)
+
     def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
         return accounting.cost([accounting.Repeated(self.event(observer), rounds)], self.delta)
@@ -396,6 +406,11 @@ class SiteDistributed:
         return plan(deviation)
 
     @property
+    def unit(self) -> Literal["site"]:
+        """Whose contribution is protected."""
+        return "site"
+
+    @property
     def adjacency(self) -> str:
         """What neighbouring data sets differ in."""
         return "replace one site's updates by zero"
@@ -431,6 +446,11 @@ class SiteDistributed:
         return accounting.DiscreteGaussianSum(
             self.deviation, shares, self.sensitivity, self.coordinates
         )
+
+    @property
+    def per_round(self) -> accounting.Repeated:
+        """What one charged round costs against the server and the colluding sites."""
+        return accounting.Repeated(self.event(Observer.OTHERS), 1)
 
     def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`, and which accountant says so."""

@@ -22,6 +22,7 @@ from securefl.client import Client
 from securefl.config import Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Refusal, Request, parse_reply
+from securefl.privacy.ledger import Holding
 from securefl.replicas import Replica, Standing
 from securefl.state import GlobalState
 
@@ -91,8 +92,13 @@ def line(tmp_path: Path) -> Path:
 class Bench:
     """Real clients of one experiment, and the requests an honest server would send them."""
 
-    def __init__(self, experiment: Experiment, folder: Path) -> None:
-        self.experiment, self.folder = experiment, folder
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        holding: Callable[[str], Holding | None] = lambda _: None,
+    ) -> None:
+        self.experiment, self.folder, self.holding = experiment, folder, holding
         consortium = simulation.assemble(experiment)
         self.tables: Mapping[str, Table] = consortium.sites
         self.identities: Mapping[str, Identity] = make_identities(
@@ -117,6 +123,7 @@ class Bench:
             self.identities[name],
             SESSION,
             self.folder / name,
+            self.holding(name),
         )
 
     def begin(self, number: int, state: GlobalState | Standing | None = None) -> Begin:
@@ -171,6 +178,6 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Callable[[Experiment], Bench]:
+def bench(tmp_path: Path) -> Callable[..., Bench]:
     """`bench(experiment)`: its clients on a bench, their stores under tmp_path/sites."""
-    return lambda experiment: Bench(experiment, tmp_path / "sites")
+    return lambda experiment, *more: Bench(experiment, tmp_path / "sites", *more)
