@@ -13,18 +13,15 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.resources
 import shlex
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-import msgspec
 import typer
-from typer.core import TyperGroup
 
-from securefl import config
+from securefl import config, ledger_cli
 from securefl.config import ConfigurationError
+from securefl.terminal import Format, OneLineErrors, print_json, say, told
 
 # torch, matplotlib and rich are imported where they are used: `securefl --help` is quick.
 if TYPE_CHECKING:
@@ -37,33 +34,6 @@ if TYPE_CHECKING:
 
 GROUP = "securefl.commands"
 LATEST = Path("runs", "latest")
-
-
-class Format(StrEnum):
-    """How a command writes its result."""
-
-    text = "text"
-    json = "json"
-
-
-class OneLineErrors(TyperGroup):
-    """Turns every error into one line and an exit status, for joined commands too."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _say("interrupted")
-            raise typer.Exit(130) from None
-        except (typer.Abort, BrokenPipeError):
-            raise
-        except Exception as error:
-            if hasattr(error, "exit_code"):  # typer's own: usage errors and typer.Exit
-                raise
-            if ctx.params.get("debug"):
-                traceback.print_exception(error)
-            _say(_told(error))
-            raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from None
 
 
 app = typer.Typer(
@@ -153,7 +123,7 @@ def run(
 
     resume = resume.resolve() if resume.is_symlink() else resume
     if (resume / SUMMARY).exists():
-        _say(f"{resume} is finished; nothing is left to resume")
+        say(f"{resume} is finished; nothing is left to resume")
     _follow(lambda progress: runs.resume(resume, progress=progress), lambda: resume, output)
 
 
@@ -166,7 +136,7 @@ def report(
     from securefl.report import write_report
 
     path = write_report(directory)
-    _print_json({"report": str(path)}) if output is Format.json else typer.echo(str(path))
+    print_json({"report": str(path)}) if output is Format.json else typer.echo(str(path))
 
 
 @app.command()
@@ -181,7 +151,7 @@ def show(
     history = read_history(directory)
     rounds = history.rounds[-last:] if last else ()
     if output is Format.json:
-        _print_json(
+        print_json(
             {
                 "directory": str(directory),
                 "finished": history.summary is not None,
@@ -251,7 +221,7 @@ def plan(
         chosen = [*(f"{key}={value}" for key, value in values), *(settings or ())]
         found[noise] = preview(config.parse("", chosen, origin="plan"), sites, parameters)
     if output is Format.json:
-        _print_json({noise: _told_plan(item) for noise, item in found.items()})
+        print_json({noise: _told_plan(item) for noise, item in found.items()})
         return
     from rich.console import Console
 
@@ -272,7 +242,10 @@ def join(target: typer.Typer, entries: Iterable[importlib.metadata.EntryPoint]) 
             else:
                 loaded(target)
         except Exception as error:
-            _say(f"command {entry.name!r} of {entry.value} is left out: {_told(error)}")
+            say(f"command {entry.name!r} of {entry.value} is left out: {told(error)}")
+
+
+app.add_typer(ledger_cli.app, name="ledger")
 
 
 def main() -> None:
@@ -355,7 +328,7 @@ def _follow(
         with Bars(Console(stderr=True)) as progress:
             result = work(progress)
     except KeyboardInterrupt:
-        _say(f"interrupted; {_way_on(directory())}")
+        say(f"interrupted; {_way_on(directory())}")
         raise typer.Exit(130) from None
     except ConfigurationError:
         raise
@@ -366,7 +339,7 @@ def _follow(
     if not path.exists():  # killed after the last round, then resumed
         write_report(result.directory)
     if output is Format.json:
-        _print_json(
+        print_json(
             {
                 "directory": str(result.directory),
                 "report": str(path),
@@ -389,27 +362,6 @@ def _way_on(directory: Path | None) -> str:
 def _newest() -> Path | None:
     """The directory of the newest run, relative to here, if there is one."""
     return LATEST.parent / LATEST.readlink().name if LATEST.is_symlink() else None
-
-
-def _told(error: Exception) -> str:
-    """An error as one line."""
-    if isinstance(error, OSError) and error.strerror:
-        line = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    elif type(error).__module__.partition(".")[0] in ("securefl", "protocols", "attacks"):
-        line = str(error)  # our own errors say what to mend
-        if culprits := getattr(error, "culprits", ()):
-            line += f" (at fault: {', '.join(culprits)})"
-    else:
-        line = f"unexpected {type(error).__name__}: {error}; `securefl --debug ...` shows where"
-    return " ".join("; ".join([line, *getattr(error, "__notes__", ())]).split())
-
-
-def _say(line: str) -> None:
-    typer.echo(f"securefl: {line}", err=True)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
 def _latest(record: RoundRecord) -> str:

@@ -335,6 +335,11 @@ class Ledger:
         """Every entry, oldest first."""
         return tuple(self._entries)
 
+    def hashed_entries(self) -> Iterator[tuple[Entry, bytes]]:
+        """Every entry and its hash, oldest first."""
+        rows = self._connection.execute("SELECT head FROM entries ORDER BY number")
+        return zip(self.entries, (bytes(head) for (head,) in rows), strict=False)
+
     @property
     def datasets(self) -> tuple[str, ...]:
         """The registered data sets."""

@@ -6,19 +6,19 @@ security policy forbids it), runs no script, and prints on A4.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
 from protocols.catalogue import PROTOCOLS
-from securefl import agreement
+from securefl import agreement, store
 from securefl.config import ConfigurationError
+from securefl.privacy.ledger import Accepted, Ledger, Registered
 from securefl.records import REPORT, SUMMARY, History, Summary, read_history
 from securefl.report import words
 
-__all__ = ["write_report"]
+__all__ = ["write_ledger_page", "write_report"]
 
 
 def write_report(directory: Path) -> Path:
@@ -37,47 +37,85 @@ def write_report(directory: Path) -> Path:
         )
     page = _render(history, history.summary)
     path = directory / REPORT
-    unfinished = directory / f".{REPORT}.part"
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    store.write(path, page.encode())
     return path
+
+
+def write_ledger_page(ledger: Ledger, site: str, path: Path) -> None:
+    """Write a page that a data-protection officer can print: what each data set has spent."""
+    held = [ledger.standing(dataset) for dataset in ledger.datasets]
+    page = (
+        _environment()
+        .get_template("ledger.html")
+        .render(
+            site=site,
+            head=ledger.head,
+            held=held,
+            sentences={item.dataset: words.ledger_sentences(item) for item in held},
+            decisions={item.dataset: _decisions(ledger, item.dataset) for item in held},
+            mechanisms=words.MECHANISMS,
+            rounded_up=words.rounded_up,
+            rounded_down=words.rounded_down,
+            share=lambda item: min(100.0, 100 * item.spent / item.epsilon),
+        )
+    )
+    store.write(path, page.encode())
+
+
+def _decisions(ledger: Ledger, dataset: str) -> Sequence[str]:
+    """What people decided about a data set, oldest first."""
+    told = []
+    for entry in ledger.entries:
+        if isinstance(entry, Registered) and entry.dataset == dataset:
+            by = f" by {entry.by}" if entry.by else ""
+            told.append(f"{entry.at}: budget of epsilon {entry.epsilon:g} set{by}")
+        elif isinstance(entry, Accepted) and entry.dataset == dataset:
+            told.append(
+                f"{entry.at}: {entry.by} accepted that it shares records with "
+                f"{', '.join(entry.overlaps)}: {entry.reason}"
+            )
+    return told
 
 
 def _render(history: History, summary: Summary) -> str:
     from securefl.report.plots import plots  # matplotlib is slow to import
 
     plan = history.experiment.privacy
-    environment = jinja2.Environment(
+    spent = max(summary.epsilon.values(), default=0.0)
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            summary=summary,
+            experiment=history.experiment,
+            claim=words.claim(summary),
+            local_noise=plan is not None and plan.noise == "local",
+            unit=plan.unit if plan is not None else None,
+            unit_more="site's updates or none"
+            if plan is not None and plan.unit == "site"
+            else f"{plan.unit if plan is not None else 'record'} more or less at a site",
+            tolerated=history.experiment.protocol.colluding_sites,
+            public=words.rounded_up(summary.epsilon_public or 0.0),
+            odds=words.odds(spent),
+            delta=words.rounded_up(summary.delta or 0.0),
+            strongest=words.percent_up(words.strongest_test(spent, summary.delta or 0.0)),
+            guarantees=words.guarantees(history.experiment.protocol, len(summary.sites)),
+            figures=_figures(history, summary),
+            spending=_spending(summary),
+            plots=plots(history.rounds, plan.epsilon if plan else None),
+            dropouts=_dropouts(summary),
+            aborted=words.ranges(summary.aborted_rounds),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("securefl.report", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    spent = max(summary.epsilon.values(), default=0.0)
-    return environment.get_template("report.html").render(
-        summary=summary,
-        experiment=history.experiment,
-        claim=words.claim(summary),
-        local_noise=plan is not None and plan.noise == "local",
-        unit=plan.unit if plan is not None else None,
-        unit_more="site's updates or none"
-        if plan is not None and plan.unit == "site"
-        else f"{plan.unit if plan is not None else 'record'} more or less at a site",
-        tolerated=history.experiment.protocol.colluding_sites,
-        public=words.rounded_up(summary.epsilon_public or 0.0),
-        odds=words.odds(spent),
-        delta=words.rounded_up(summary.delta or 0.0),
-        strongest=words.percent_up(words.strongest_test(spent, summary.delta or 0.0)),
-        guarantees=words.guarantees(history.experiment.protocol, len(summary.sites)),
-        figures=_figures(history, summary),
-        spending=_spending(summary),
-        plots=plots(history.rounds, plan.epsilon if plan else None),
-        dropouts=_dropouts(summary),
-        aborted=words.ranges(summary.aborted_rounds),
     )
 
 

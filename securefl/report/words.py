@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, Context
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 from protocols.graph import SPARSE_ABOVE
 from securefl.config import Encryption
+from securefl.privacy.ledger import Standing
 from securefl.records import RoundRecord, Summary
 
 _NAMES = {
@@ -124,6 +125,57 @@ def guarantees(protocol: Encryption, sites: int) -> Mapping[str, Guarantee]:
     return found
 
 
+MECHANISMS: Mapping[str, str] = {
+    "PoissonGaussian": "noise of its own on sampled records",
+    "PoissonDiscreteGaussianSum": "integer noise, of which each site adds a share",
+    "DiscreteGaussianSum": "integer noise on whole updates, of which each site adds a share",
+}
+"""What each event of a ledger is, in words."""
+
+
+def ledger_sentences(standing: Standing) -> tuple[str, ...]:
+    """Where a data set stands, in words."""
+    spent, unit = standing.spent, standing.unit
+    charged = sum(run.charged for run in standing.runs)
+    if not charged:
+        return ("Nothing was spent: no round was ever charged to this data set.",)
+    whose = "site's whole contribution" if unit == "site" else unit
+    told = [
+        f"Charged: {counted(charged, 'round')} in {counted(len(standing.runs), 'run')}, with those "
+        f"that were aborted. Whatever anyone concludes from all of them together, one {whose} more "
+        f"or less changes the probability of that conclusion by a factor of at most {odds(spent)}, "
+        f"apart from a chance of {rounded_up(standing.delta)}."
+    ]
+    if standing.alone:
+        told.append(
+            "The data set was given to one run alone, whose plan was fixed before anything was "
+            "spent: the figure is that plan's own, and no other run may ever use the data set."
+        )
+    else:
+        told.append(
+            f"The figure holds although later runs were chosen by people who knew the results of "
+            f"earlier ones: costs are added at one order, {standing.order:g}, that was fixed when "
+            "the first run was opened. So it is somewhat above what the runs' own reports say."
+        )
+    if standing.spent >= standing.epsilon * 0.999:
+        told.append("The budget is spent. Any further round is refused.")
+    else:
+        told.append(
+            f"Of the budget of {standing.epsilon:g}, {rounded_down(standing.left)} are left. A "
+            "round that would exceed the budget is refused before a record is read for it."
+        )
+    return tuple(told)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words.
+
+    >>> counted(1, "round"), counted(1200, "round")
+    ('1 round', '1,200 rounds')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def claim(summary: Summary) -> str:
     """The privacy of a run in one sentence, fit for a summary table or a heading."""
     if not summary.private:
@@ -173,6 +225,16 @@ def rounded_up(value: float) -> str:
     """
     up = Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(float(value)))
     return f"{up.normalize():f}" if up else "0"
+
+
+def rounded_down(value: float) -> str:
+    """What is left of a budget, to three digits, rounded down.
+
+    >>> rounded_down(4.8391), rounded_down(0)
+    ('4.83', '0')
+    """
+    down = Context(prec=3, rounding=ROUND_FLOOR).create_decimal(repr(float(value)))
+    return f"{down.normalize():f}" if down else "0"
 
 
 def number(value: float) -> str:
