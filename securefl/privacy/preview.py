@@ -9,7 +9,7 @@ from typing import final
 
 from protocols.bfv import Parameters
 from protocols.encoding import Encoding
-from securefl import agreement
+from securefl import agreement, config
 from securefl.config import ConfigurationError, Experiment
 from securefl.privacy import clipping
 from securefl.privacy.plan import Observer, Plan, RecordLocal
@@ -48,11 +48,12 @@ def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
     if plan is None:
         raise ConfigurationError("there is no [privacy] section: add one to plan for")
     encoding = agreement.encoding(experiment, sites, plan)
+    length = clipping.upload_length(experiment, parameters)
     return Preview(
         noise_multiplier=_multiplier(plan),
         signal_to_noise=_signal_to_noise(plan, sites, parameters),
         field_bits=encoding.field_bits,
-        bytes_up=_upload_bytes(experiment, encoding, sites, parameters) / parameters,
+        bytes_up=upload_bytes(experiment.protocol, encoding, sites, length) / parameters,
         rotated=agreement.rotates(experiment, plan),
         epsilon={who: plan.spent(experiment.rounds, who) for who in Observer},
         clip_noise=math.hypot(1, plan.count / plan.units) - 1 if plan.counted else None,
@@ -74,8 +75,9 @@ def _signal_to_noise(plan: Plan, sites: int, parameters: int) -> float:
     return plan.signal_to_noise
 
 
-def _upload_bytes(experiment: Experiment, encoding: Encoding, sites: int, parameters: int) -> int:
-    slots = encoding.slots(clipping.upload_length(experiment, parameters))
-    if experiment.protocol.name in ("plain", "secagg"):
+def upload_bytes(protocol: config.Encryption, encoding: Encoding, sites: int, length: int) -> int:
+    """Bytes of a site's `length` numbers, encrypted where the protocol does; no signatures."""
+    slots = encoding.slots(length)
+    if protocol.name in ("plain", "secagg"):
         return -(-slots * encoding.plain_bits // 8)
     return Parameters(encoding.plain_bits, sites).upload_bytes(slots)
