@@ -192,7 +192,6 @@ class _Book:
     runs: dict[str, _Run] = field(default_factory=dict)
 
     def add(self, entry: Entry, head: bytes) -> None:
-        self.length, self.hash = self.length + 1, head
         if isinstance(entry, Charged):
             run = self.runs[entry.run]
             run.charged, run.last_round = run.charged + 1, entry.round
@@ -202,6 +201,7 @@ class _Book:
             self.fingerprints[entry.dataset] = entry.fingerprint
         elif isinstance(entry, Opened):
             self.runs[entry.run] = _Run(entry)
+        self.length, self.hash = self.length + 1, head
 
     def of(self, dataset: str) -> list[_Run]:
         return [run for run in self.runs.values() if run.opened.dataset == dataset]
@@ -447,13 +447,18 @@ class Ledger:
     def charge(self, run: str, round_number: int) -> Head:
         """As `Account.charge`. Raises ValueError for a round that does not follow the last one."""
         with self._transaction():
-            held = self._book.runs[run]
+            held = self._held(run)
             opened, budget = held.opened, self._known(held.opened.dataset)
             if round_number <= held.last_round:
                 raise ValueError(f"round {round_number} does not follow round {held.last_round}")
-            spent = self._book.epsilon(opened.dataset)
+            if held.charged >= opened.rounds:
+                raise BudgetSpentError(
+                    f"run {run!r} was opened on data set {opened.dataset!r} for {opened.rounds} "
+                    "rounds, and all were charged"
+                )
             would = self._book.epsilon(opened.dataset, {run: 1})
             if would > budget.epsilon:
+                spent = self._book.epsilon(opened.dataset)
                 raise BudgetSpentError(
                     f"data set {opened.dataset!r} has spent epsilon {spent:.3f} of "
                     f"{budget.epsilon:g}; one more round would bring it to {would:.3f}"
@@ -464,9 +469,9 @@ class Ledger:
     def rounds_left(self, run: str) -> int:
         """As `Account.rounds_left`."""
         with self._transaction():
-            held = self._book.runs[run]
+            held = self._held(run)
             budget = self._known(held.opened.dataset)
-            low, high = 0, max(0, held.opened.rounds - held.charged)
+            low, high = 0, held.opened.rounds - held.charged
             while low < high:  # the most rounds that still fit
                 middle = (low + high + 1) // 2
                 if self._book.epsilon(held.opened.dataset, {run: middle}) <= budget.epsilon:
@@ -612,6 +617,11 @@ class Ledger:
                 f"{self._path} has no data set {dataset!r} (it has {known}): register it first"
             )
         return self._book.datasets[dataset]
+
+    def _held(self, run: str) -> _Run:
+        if run not in self._book.runs:
+            raise ConfigurationError(f"{self._path} has no run {run!r}: open it first")
+        return self._book.runs[run]
 
     def _shared(self, dataset: str, hashes: set[bytes]) -> dict[str, int]:
         """How many of `hashes` each other data set ever held, where it is any."""
