@@ -81,6 +81,10 @@ _MENDS: Final = {
 """How to mend what is no damage of the file."""
 
 
+_COSTLY: Final = 100.0
+"""Above this epsilon, nobody asks the tighter accountant."""
+
+
 class BudgetSpentError(Exception):
     """A charge that would exceed a budget: says what was asked and what is left."""
 
@@ -446,8 +450,9 @@ class Ledger:
             event = _counted(per_round.event, unit, budget)
             known = self._book.runs.get(run)
             if known is not None:
-                same = (known.opened.dataset, known.opened.promise) == (dataset, promise.hex())
-                if not same:
+                told = known.opened
+                was = (told.dataset, told.promise, told.event, told.steps, told.rounds)
+                if was != (dataset, promise.hex(), _told(event), per_round.times, rounds):
                     raise ConfigurationError(
                         f"run {run!r} was opened on data set {known.opened.dataset!r} under "
                         "another experiment or plan: put experiment.toml back as it was, or start "
@@ -689,7 +694,12 @@ class Ledger:
         if earlier:
             return earlier[0].opened.order, False
         order = _order(curve, budget)
-        if Curve.total([(curve, rounds)]).epsilon(budget.delta, order) <= budget.epsilon:
+        total = Curve.total([(curve, rounds)])
+        if total.epsilon(budget.delta, order) <= budget.epsilon:
+            return order, False
+        # The tighter accountant saves a small part, and takes memory without bound for vast costs.
+        renyi = total.epsilon(budget.delta, total.best_order(budget.delta))
+        if renyi > min(4 * budget.epsilon + 1, _COSTLY):
             return order, False
         return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
 
@@ -787,9 +797,13 @@ def _counted(event: Event, unit: Unit, budget: Registered) -> Event:
     Who replaces one site's update by zero moves the sum by at most the sensitivity; who changes one
     record (or person) replaces an update by another, which is twice as far.
     """
+    if (unit == "site") != isinstance(event, accounting.DiscreteGaussianSum):
+        raise ConfigurationError(
+            f"the run protects {unit}s, but {type(event).__name__} is the cost of another unit"
+        )
     if unit == budget.unit:
         return event
-    if unit == "site" and isinstance(event, accounting.DiscreteGaussianSum):
+    if isinstance(event, accounting.DiscreteGaussianSum):
         moved, fields = 2 * event.sensitivity, dataclasses.asdict(event)
         return accounting.PoissonDiscreteGaussianSum(**fields | {"sensitivity": moved, "rate": 1.0})
     raise ConfigurationError(
