@@ -8,7 +8,10 @@ is on the disk when `charge` returns; an aborted round stays charged.
 fully adaptively. Renyi divergences of one order that was fixed beforehand then still add up
 (Feldman and Zrnic 2021, section 4): who stops before their sum exceeds a bound has spent no more
 than it. The order of a data set is fixed when its first run is opened, from that run's plan and the
-budget alone. At an order chosen afterwards the figure would be lower, and would not hold.
+budget alone. At an order chosen afterwards the figure would be lower, and would not hold. What
+roundings and draws are not exact is charged to a share of delta that is fixed beforehand too
+(`SET_ASIDE`). The promise, whatever anybody chooses and wherever they stop, is the budget; the
+figure in between is what the rounds so far cost if their number did not depend on what was seen.
 
 **A run by itself.** The first run's plan is fixed before anything was spent, so that the tighter
 accountant of `accounting.cost` holds for it. A run that fits the budget only by that one may have
@@ -26,6 +29,7 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+import math
 import os
 import sqlite3
 import threading
@@ -80,6 +84,9 @@ _MENDS: Final = {
 }
 """How to mend what is no damage of the file."""
 
+
+SET_ASIDE: Final = 0.25
+"""The share of delta that is kept for slips and distances. A plan asks for a hundredth."""
 
 _COSTLY: Final = 100.0
 """Above this epsilon, nobody asks the tighter accountant."""
@@ -240,7 +247,7 @@ class _Book:
         if first.alone:
             return _alone(_event(first.event), first.steps * counts[0][1], delta)
         total = Curve.total((opened.curve, count) for opened, count in counts)
-        return total.epsilon(delta, first.order)
+        return _filtered(total, self.datasets[dataset], first.order)
 
 
 @final
@@ -695,7 +702,7 @@ class Ledger:
             return earlier[0].opened.order, False
         order = _order(curve, budget)
         total = Curve.total([(curve, rounds)])
-        if total.epsilon(budget.delta, order) <= budget.epsilon:
+        if _filtered(total, budget, order) <= budget.epsilon:
             return order, False
         # The tighter accountant saves a small part, and takes memory without bound for vast costs.
         renyi = total.epsilon(budget.delta, total.best_order(budget.delta))
@@ -829,15 +836,32 @@ def _alone(event: Event, times: int, delta: float) -> float:
     return accounting.epsilon([Repeated(event, times)], delta)
 
 
+def _filtered(total: Curve, budget: Registered, order: float) -> float:
+    """Epsilon by the filter; inf where slips and distances exceed what is set aside for them.
+
+    The filter needs bounds that are fixed beforehand, one on the moments and one on what is charged
+    to delta. Were delta shared out by what a path of runs happened to use, P's mass of slips could
+    come from one path and the moments from another, and delta could be exceeded by all slips.
+    """
+    inexact = total.slip + (1 + math.exp(min(budget.epsilon, 700.0))) * total.distance
+    if inexact > SET_ASIDE * budget.delta:
+        return math.inf
+    return _exact(total).epsilon((1 - SET_ASIDE) * budget.delta, order)
+
+
+def _exact(curve: Curve) -> Curve:
+    return dataclasses.replace(curve, slip=0.0, distance=0.0)
+
+
 def _order(curve: Curve, budget: Registered) -> float:
     """The order at which most rounds of `curve` fit the budget."""
+    delta = (1 - SET_ASIDE) * budget.delta
     low, high = 1e-9, 1e9  # rounds, on a logarithmic scale
     while high > low * 1.01:
         middle = (low * high) ** 0.5
-        rounds = Curve.total([(curve, middle)])
-        order = rounds.best_order(budget.delta)
-        if rounds.epsilon(budget.delta, order) <= budget.epsilon:
+        rounds = Curve.total([(_exact(curve), middle)])
+        if rounds.epsilon(delta, rounds.best_order(delta)) <= budget.epsilon:
             low = middle
         else:
             high = middle
-    return Curve.total([(curve, low)]).best_order(budget.delta)
+    return Curve.total([(_exact(curve), low)]).best_order(delta)
