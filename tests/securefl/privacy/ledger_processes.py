@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from securefl.privacy.accounting import PoissonGaussian, Repeated
+from securefl.privacy.accounting import Curve, PoissonGaussian, Repeated
 from securefl.privacy.ledger import Account, BudgetSpentError, Charged, Ledger
 
 Tell = Callable[[int], None]
@@ -68,6 +68,10 @@ def held(path: Path) -> dict[str, Any]:
         }
 
 
+def step(noise: float) -> Repeated:
+    return Repeated(PoissonGaussian(noise, 0.1), 1)
+
+
 def opened(ledger: Ledger, run: str, epsilon: float, noise: float) -> Account:
     if "cohort" not in ledger.datasets:
         ledger.register("cohort", unit="record", epsilon=epsilon, delta=1e-5, purpose="a study")
@@ -77,7 +81,7 @@ def opened(ledger: Ledger, run: str, epsilon: float, noise: float) -> Account:
         experiment="an experiment",
         promise=bytes(32),
         unit="record",
-        per_round=Repeated(PoissonGaussian(noise, 0.1), 1),
+        per_round=step(noise),
         rounds=1_000_000,
         epsilon=epsilon,
     )
@@ -109,6 +113,7 @@ class Killing(sqlite3.Connection):
 
 def statements(folder: Path) -> Iterator[dict[str, Any]]:
     sqlite3.connect = lambda *a, **k: connect(*a, **k, factory=Killing)  # type: ignore[assignment]
+    Curve.of([step(4.0)])  # computed once, for all children
     killed, at = True, 0
     while killed:
         at += 1
