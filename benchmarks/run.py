@@ -46,6 +46,8 @@ from protocols.rounds import Party, Replies, ServerSide
 from securefl import models
 from securefl.config import Encryption, Experiment, Model, Privacy, SitePrivacy, Training
 from securefl.data import Table
+from securefl.privacy.accounting import PoissonGaussian, Repeated
+from securefl.privacy.ledger import Account, Charged, Ledger
 from securefl.privacy.plan import Cohort, Plan, RecordDistributed, RecordLocal
 from securefl.privacy.preview import preview, upload_bytes
 from securefl.privacy.training import Trainer
@@ -462,6 +464,47 @@ def headroom() -> Iterator[Row]:
                 )
 
 
+def ledger() -> Iterator[Row]:
+    """A site's ledger of 10,000 entries, of twenty runs on one data set; and one more entry."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.db"
+        with Ledger(path) as book:
+            book.register("cohort", unit="record", epsilon=30.0, delta=1e-5, purpose="a benchmark")
+            accounts = [
+                book.open(
+                    "cohort",
+                    f"run-{i}",
+                    experiment="a benchmark",
+                    promise=bytes(32),
+                    unit="record",
+                    per_round=Repeated(PoissonGaussian(4.0 + i, 0.01), 5),
+                    rounds=1_000_000,
+                    epsilon=3.0,
+                )
+                for i in range(20)
+            ]
+            with book._transaction():  # at once, for each charge waits for the disk
+                for i in range(10_000 - len(book.entries)):
+                    charge = Charged("2026-01-01T00:00:00+00:00", f"run-{i % 20}", i // 20 + 1)
+                    book._append(charge)
+
+        def epsilon() -> float:
+            with Ledger(path) as book:
+                assert book.head.entries == 10_000
+                return book.epsilon("cohort")
+
+        opened = [timed(epsilon)[0] for _ in range(REPETITIONS)]
+        with Ledger(path) as book:
+            account = Account(book, accounts[0].run)
+            numbers = range(1000, 1000 + 5 * REPETITIONS)
+            charged = [timed(lambda n=n: account.charge(n))[0] for n in numbers]
+    for name, times, floor in (
+        ("open a ledger of 10,000 entries and tell epsilon", opened, "<= 0.2"),
+        ("charge one round to it, durably", charged, None),
+    ):
+        yield Row(name, statistics.median(times), "s", (min(times), max(times)), floor)
+
+
 def memory() -> Iterator[Row]:
     """Peak memory of ten million parameters, in processes of their own."""
     for side in ("site", "server"):
@@ -591,6 +634,7 @@ def main() -> None:
         noise,
         dp_steps,
         headroom,
+        ledger,
         memory,
         demo,
     ):

@@ -8,7 +8,10 @@ is on the disk when `charge` returns; an aborted round stays charged.
 fully adaptively. Renyi divergences of one order that was fixed beforehand then still add up
 (Feldman and Zrnic 2021, section 4): who stops before their sum exceeds a bound has spent no more
 than it. The order of a data set is fixed when its first run is opened, from that run's plan and the
-budget alone. At an order chosen afterwards the figure would be lower, and would not hold.
+budget alone. At an order chosen afterwards the figure would be lower, and would not hold. What
+roundings and draws are not exact is charged to a share of delta that is fixed beforehand too
+(`SET_ASIDE`). The promise, whatever anybody chooses and wherever they stop, is the budget; the
+figure in between is what the rounds so far cost if their number did not depend on what was seen.
 
 **A run by itself.** The first run's plan is fixed before anything was spent, so that the tighter
 accountant of `accounting.cost` holds for it. A run that fits the budget only by that one may have
@@ -26,8 +29,10 @@ import contextlib
 import dataclasses
 import hashlib
 import hmac
+import math
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,7 +51,9 @@ from securefl.store import CorruptStoreError
 
 Unit = Literal["record", "person", "site"]
 Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
-Text = Annotated[str, Meta(max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+# No control characters, no other breaks of a line, nothing that turns the direction of writing.
+_PRINTED: Final = r"\A[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z"
+Text = Annotated[str, Meta(max_length=1000, pattern=_PRINTED)]
 Positive = Annotated[float, Meta(gt=0, le=1e6)]
 Delta = Annotated[float, Meta(gt=0, lt=1)]
 Count = Annotated[int, Meta(ge=1, le=2**62)]
@@ -62,9 +69,27 @@ _TABLES: Final = (
     "CREATE TABLE records (dataset TEXT NOT NULL, hash BLOB NOT NULL,"
     " PRIMARY KEY (hash, dataset)) WITHOUT ROWID",
     "CREATE TABLE heads (site TEXT NOT NULL, entries INTEGER NOT NULL, hash BLOB NOT NULL,"
-    " signature BLOB NOT NULL, number INTEGER PRIMARY KEY AUTOINCREMENT,"
-    " UNIQUE (site, entries, hash))",
+    " signature BLOB NOT NULL, number INTEGER PRIMARY KEY AUTOINCREMENT)",
+    "CREATE INDEX heads_of ON heads (site, number)",
 )
+
+
+_WRITABLE: Final = "let this process write the file and its folder, and leave them in place"
+_MENDS: Final = {
+    sqlite3.SQLITE_FULL: "free space on its disk",
+    sqlite3.SQLITE_IOERR: "free space on its disk, or see to the disk",
+    sqlite3.SQLITE_READONLY: _WRITABLE,
+    sqlite3.SQLITE_CANTOPEN: _WRITABLE,
+    sqlite3.SQLITE_PERM: _WRITABLE,
+}
+"""How to mend what is no damage of the file."""
+
+
+SET_ASIDE: Final = 0.25
+"""The share of delta that is kept for slips and distances. A plan asks for a hundredth."""
+
+_COSTLY: Final = 100.0
+"""Above this epsilon, nobody asks the tighter accountant."""
 
 
 class BudgetSpentError(Exception):
@@ -93,10 +118,14 @@ class Registered(_Entry, frozen=True):
 
 
 class Content(_Entry, frozen=True):
-    """What the data set holds now, as a keyed hash (32 bytes, hexadecimal)."""
+    """What the data set holds now, as a keyed hash (32 bytes, hexadecimal).
+
+    key: the keyed hash of a constant, by which the key is known again.
+    """
 
     dataset: Name
     fingerprint: str
+    key: str
 
 
 class Accepted(_Entry, frozen=True):
@@ -189,19 +218,20 @@ class _Book:
     hash: bytes = _START
     datasets: dict[str, Registered] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    key: str = ""
     runs: dict[str, _Run] = field(default_factory=dict)
 
     def add(self, entry: Entry, head: bytes) -> None:
-        self.length, self.hash = self.length + 1, head
         if isinstance(entry, Charged):
             run = self.runs[entry.run]
             run.charged, run.last_round = run.charged + 1, entry.round
         elif isinstance(entry, Registered):
             self.datasets[entry.dataset] = entry
         elif isinstance(entry, Content):
-            self.fingerprints[entry.dataset] = entry.fingerprint
+            self.fingerprints[entry.dataset], self.key = entry.fingerprint, entry.key
         elif isinstance(entry, Opened):
             self.runs[entry.run] = _Run(entry)
+        self.length, self.hash = self.length + 1, head
 
     def of(self, dataset: str) -> list[_Run]:
         return [run for run in self.runs.values() if run.opened.dataset == dataset]
@@ -217,7 +247,7 @@ class _Book:
         if first.alone:
             return _alone(_event(first.event), first.steps * counts[0][1], delta)
         total = Curve.total((opened.curve, count) for opened, count in counts)
-        return total.epsilon(delta, first.order)
+        return _filtered(total, self.datasets[dataset], first.order)
 
 
 @final
@@ -298,22 +328,33 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._mutex = threading.Lock()  # one connection has one transaction
         self._book = _Book()
         self._entries: list[Entry] = []
+        self._heads: list[bytes] = [_START]  # after each entry, as read or written
         self._written: list[tuple[Entry, bytes]] = []  # in the transaction under way
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600, exist_ok=True)
             self._connection = sqlite3.connect(
                 path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
             )
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigurationError(
+                f"{path} cannot be opened ({error}): let this process write it and its folder"
+            ) from None
+        try:
             # One file that can be copied, and a commit that survives a power cut.
             self._connection.execute("PRAGMA journal_mode = DELETE")
             self._connection.execute("PRAGMA synchronous = EXTRA")
             with self._transaction():
                 pass  # reads and checks what is there
         except sqlite3.Error as error:
-            raise self._corrupt(error) from None
+            self._connection.close()
+            raise self._failed(error) from None
+        except BaseException:
+            self._connection.close()
+            raise
 
     def __enter__(self) -> Ledger:
         return self
@@ -388,11 +429,12 @@ class Ledger:
         Raises OverlapError where records are in another data set too, whose budget they would
         escape, unless a person decided so: accepted = (reason, who), which is an entry.
         """
-        key = self._key()
+        with self._transaction():
+            self._known(dataset)
+            key = self._key()  # made within a ledger that has entries: a lost ledger shows
         hashes = {hmac.digest(key, b"record" + record, "sha256")[:16] for record in records}
         fingerprint = hmac.digest(key, b"content" + b"".join(sorted(hashes)), "sha256").hex()
         with self._transaction():
-            self._known(dataset)
             if self._book.fingerprints.get(dataset) == fingerprint:
                 return
             shared = self._shared(dataset, hashes)
@@ -409,7 +451,7 @@ class Ledger:
             self._connection.executemany(
                 "INSERT OR IGNORE INTO records VALUES (?, ?)", ((dataset, h) for h in hashes)
             )
-            self._append(Content(_now(), dataset, fingerprint))
+            self._append(Content(_now(), dataset, fingerprint, _mark(key)))
 
     def open(
         self,
@@ -435,8 +477,9 @@ class Ledger:
             event = _counted(per_round.event, unit, budget)
             known = self._book.runs.get(run)
             if known is not None:
-                same = (known.opened.dataset, known.opened.promise) == (dataset, promise.hex())
-                if not same:
+                told = known.opened
+                was = (told.dataset, told.promise, told.event, told.steps, told.rounds)
+                if was != (dataset, promise.hex(), _told(event), per_round.times, rounds):
                     raise ConfigurationError(
                         f"run {run!r} was opened on data set {known.opened.dataset!r} under "
                         "another experiment or plan: put experiment.toml back as it was, or start "
@@ -467,13 +510,18 @@ class Ledger:
     def charge(self, run: str, round_number: int) -> Head:
         """As `Account.charge`. Raises ValueError for a round that does not follow the last one."""
         with self._transaction():
-            held = self._book.runs[run]
+            held = self._held(run)
             opened, budget = held.opened, self._known(held.opened.dataset)
             if round_number <= held.last_round:
                 raise ValueError(f"round {round_number} does not follow round {held.last_round}")
-            spent = self._book.epsilon(opened.dataset)
+            if held.charged >= opened.rounds:
+                raise BudgetSpentError(
+                    f"run {run!r} was opened on data set {opened.dataset!r} for {opened.rounds} "
+                    "rounds, and all were charged"
+                )
             would = self._book.epsilon(opened.dataset, {run: 1})
             if would > budget.epsilon:
+                spent = self._book.epsilon(opened.dataset)
                 raise BudgetSpentError(
                     f"data set {opened.dataset!r} has spent epsilon {spent:.3f} of "
                     f"{budget.epsilon:g}; one more round would bring it to {would:.3f}"
@@ -484,9 +532,9 @@ class Ledger:
     def rounds_left(self, run: str) -> int:
         """As `Account.rounds_left`."""
         with self._transaction():
-            held = self._book.runs[run]
+            held = self._held(run)
             budget = self._known(held.opened.dataset)
-            low, high = 0, max(0, held.opened.rounds - held.charged)
+            low, high = 0, held.opened.rounds - held.charged
             while low < high:  # the most rounds that still fit
                 middle = (low + high + 1) // 2
                 if self._book.epsilon(held.opened.dataset, {run: middle}) <= budget.epsilon:
@@ -541,18 +589,14 @@ class Ledger:
 
         The chain itself is checked whenever a ledger is opened.
         """
-        if kept.entries > self._book.length:
-            raise CorruptStoreError(
-                f"{self._path} has {self._book.length} entries, but its site signed a head of "
-                f"{kept.entries}: entries were taken out, or an older copy was put back"
-            )
-        held = _START
-        if kept.entries:
-            row = self._connection.execute(
-                "SELECT head FROM entries WHERE number = ?", (kept.entries,)
-            ).fetchone()
-            held = bytes(row[0])
-        if not hmac.compare_digest(held, kept.hash):
+        with self._transaction():
+            if kept.entries > self._book.length:
+                raise CorruptStoreError(
+                    f"{self._path} has {self._book.length} entries, but its site signed a head of "
+                    f"{kept.entries}: entries were taken out, or an older copy was put back"
+                )
+            held = self._heads[kept.entries] if kept.entries >= 0 else b""
+        if held != kept.hash:
             raise CorruptStoreError(
                 f"{self._path}: entry {kept.entries} or one before it is not what its site signed: "
                 "the ledger was edited or replaced"
@@ -560,53 +604,67 @@ class Ledger:
 
     def keep(self, heads: Mapping[str, SignedHead]) -> None:
         """Keep what peers signed of their ledgers, whose signatures the caller has checked."""
-        rows = [(site, told.entries, told.hash, told.signature) for site, told in heads.items()]
         with self._transaction():
-            self._connection.executemany(
-                "INSERT OR IGNORE INTO heads VALUES (?, ?, ?, ?, NULL)", rows
-            )
+            for site, told in heads.items():
+                last = self._connection.execute(
+                    "SELECT entries, hash FROM heads WHERE site = ? ORDER BY number DESC LIMIT 1",
+                    (site,),
+                ).fetchone()
+                if last != (told.entries, told.hash):
+                    self._connection.execute(
+                        "INSERT INTO heads VALUES (?, ?, ?, ?, NULL)",
+                        (site, told.entries, told.hash, told.signature),
+                    )
 
     def kept(self) -> dict[str, tuple[SignedHead, ...]]:
-        """The heads of each peer's ledger, in the order in which they first came.
+        """The heads of each peer's ledger, in the order in which they came, repeats left out.
 
-        One ledger only grows. A head that is not longer than an earlier one, and not equal to it,
-        shows that the peer's ledger was rolled back or forked.
+        One ledger only grows: a head that is not longer than the one before it shows that the
+        peer's ledger was rolled back or forked.
         """
         found: dict[str, list[SignedHead]] = {}
-        rows = self._connection.execute(
-            "SELECT site, entries, hash, signature FROM heads ORDER BY number"
-        )
-        for site, length, hashed, signature in rows:
-            found.setdefault(site, []).append(SignedHead(length, hashed, signature))
+        with self._transaction():
+            rows = self._connection.execute(
+                "SELECT site, entries, hash, signature FROM heads ORDER BY number"
+            )
+            for site, length, hashed, signature in rows:
+                found.setdefault(site, []).append(SignedHead(length, hashed, signature))
         return {site: tuple(heads) for site, heads in found.items()}
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """All or nothing, durable at the end; others wait. Inside, the book is up to date."""
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
+        with self._mutex:
             try:
-                self._migrate()
-                self._read()
-                yield
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-            for entry, head in self._written:
-                self._take(entry, head)
-        except sqlite3.Error as error:
-            raise self._corrupt(error) from None
-        finally:
-            self._written.clear()
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    self._migrate()
+                    self._read()
+                    yield
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    raise
+                for entry, head in self._written:
+                    self._take(entry, head)
+            except sqlite3.Error as error:
+                raise self._failed(error) from None
+            finally:
+                self._written.clear()
 
     def _read(self) -> None:
         """Take in what other processes wrote since, and check its chain."""
         rows = self._connection.execute(
-            "SELECT number, body, head FROM entries WHERE number > ? ORDER BY number",
+            "SELECT number, body, head FROM entries WHERE number >= ? ORDER BY number",
             (self._book.length,),
         )
+        # The last entry that was read must still be there: a copy may have been put in place.
+        if self._book.length and (next(rows, None) or (0, b"", b""))[2] != self._book.hash:
+            raise CorruptStoreError(
+                f"{self._path} was put back or replaced while it was open: entry "
+                f"{self._book.length} is gone; restore the newest copy"
+            )
         for number, body, head in rows:
             follows = number == self._book.length + 1
             try:
@@ -629,6 +687,7 @@ class Ledger:
     def _take(self, entry: Entry, head: bytes) -> None:
         self._book.add(entry, head)
         self._entries.append(entry)
+        self._heads.append(head)
 
     def _known(self, dataset: str) -> Registered:
         if dataset not in self._book.datasets:
@@ -637,6 +696,11 @@ class Ledger:
                 f"{self._path} has no data set {dataset!r} (it has {known}): register it first"
             )
         return self._book.datasets[dataset]
+
+    def _held(self, run: str) -> _Run:
+        if run not in self._book.runs:
+            raise ConfigurationError(f"{self._path} has no run {run!r}: open it first")
+        return self._book.runs[run]
 
     def _shared(self, dataset: str, hashes: set[bytes]) -> dict[str, int]:
         """How many of `hashes` each other data set ever held, where it is any."""
@@ -662,18 +726,41 @@ class Ledger:
         if earlier:
             return earlier[0].opened.order, False
         order = _order(curve, budget)
-        if Curve.total([(curve, rounds)]).epsilon(budget.delta, order) <= budget.epsilon:
+        total = Curve.total([(curve, rounds)])
+        if _filtered(total, budget, order) <= budget.epsilon:
+            return order, False
+        # The tighter accountant saves a small part, and takes memory without bound for vast costs.
+        renyi = total.epsilon(budget.delta, total.best_order(budget.delta))
+        if renyi > min(4 * budget.epsilon + 1, _COSTLY):
             return order, False
         return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
 
+    @property
+    def _key_path(self) -> Path:
+        return self._path.with_suffix(".key")
+
     def _key(self) -> bytes:
-        """The secret of the keyed hashes, made when it does not exist."""
-        path = self._path.with_suffix(".key")
-        with contextlib.suppress(FileExistsError):
-            store.write_secret(path, os.urandom(32))
-        key = path.read_bytes()
-        if len(key) != 32:
-            raise CorruptStoreError(f"{path} is damaged: restore it from a copy")
+        """The secret of the keyed hashes, made with the first of them.
+
+        Under another key nothing would overlap, so that a lost or changed one is refused.
+        """
+        path, mark = self._key_path, self._book.key
+        try:
+            if not mark:
+                with contextlib.suppress(FileExistsError):
+                    store.write_secret(path, os.urandom(32))
+            key = path.read_bytes()
+        except FileNotFoundError:
+            key = b""
+        except OSError as error:
+            raise ConfigurationError(
+                f"{path} cannot be used ({error.strerror}): {_WRITABLE}"
+            ) from None
+        if len(key) != 32 or mark not in ("", _mark(key)):
+            raise CorruptStoreError(
+                f"{path} is not the key under which {self._path.name} keeps its records: restore "
+                "it from a copy"
+            )
         return key
 
     def _migrate(self) -> None:
@@ -684,14 +771,34 @@ class Ledger:
                 "install that one"
             )
         if version < 1:
+            if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise CorruptStoreError(
+                    f"{self._path} is a database, but no ledger: choose another path"
+                )
+            if self._key_path.exists():
+                raise CorruptStoreError(
+                    f"{self._path} is empty, but {self._key_path.name} beside it is a ledger's: "
+                    "restore the newest copy of the ledger"
+                )
             for statement in _TABLES:
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version = {_VERSION}")
 
-    def _corrupt(self, error: sqlite3.Error) -> Exception:
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+    def _failed(self, error: sqlite3.Error) -> Exception:
+        """What to tell of SQLite's error, by its primary result code."""
+        if isinstance(error, sqlite3.ProgrammingError):
+            return ValueError(f"{self._path}: {error}")
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return ConfigurationError(f"{self._path} is in use by another process: wait for it")
+        if code in _MENDS:
+            return ConfigurationError(f"{self._path} cannot be used ({error}): {_MENDS[code]}")
         return CorruptStoreError(f"{self._path} cannot be used: {error}; restore it from a copy")
+
+
+def _mark(key: bytes) -> str:
+    """By which a key is known again."""
+    return hmac.digest(key, b"key", "sha256").hex()
 
 
 def _now() -> str:
@@ -703,8 +810,11 @@ def _checked(kind: Callable[..., Kind], *fields: Any) -> Kind:
     entry = kind(*fields)
     try:
         msgspec.json.decode(msgspec.json.encode(entry), type=type(entry))
-    except msgspec.ValidationError as error:
-        raise ConfigurationError(f"the ledger takes no such entry: {error}") from None
+    except (msgspec.MsgspecError, ValueError, OverflowError) as error:
+        raise ConfigurationError(
+            f"the ledger takes no such entry ({error}): use ids of at most 64 letters, digits, "
+            "'.', '_' and '-', texts of one line and at most 1000 characters, finite numbers"
+        ) from None
     return entry
 
 
@@ -719,9 +829,13 @@ def _counted(event: Event, unit: Unit, budget: Registered) -> Event:
     Who replaces one site's update by zero moves the sum by at most the sensitivity; who changes one
     record (or person) replaces an update by another, which is twice as far.
     """
+    if (unit == "site") != isinstance(event, accounting.DiscreteGaussianSum):
+        raise ConfigurationError(
+            f"the run protects {unit}s, but {type(event).__name__} is the cost of another unit"
+        )
     if unit == budget.unit:
         return event
-    if unit == "site" and isinstance(event, accounting.DiscreteGaussianSum):
+    if isinstance(event, accounting.DiscreteGaussianSum):
         moved, fields = 2 * event.sensitivity, dataclasses.asdict(event)
         return accounting.PoissonDiscreteGaussianSum(**fields | {"sensitivity": moved, "rate": 1.0})
     raise ConfigurationError(
@@ -747,15 +861,32 @@ def _alone(event: Event, times: int, delta: float) -> float:
     return accounting.epsilon([Repeated(event, times)], delta)
 
 
+def _filtered(total: Curve, budget: Registered, order: float) -> float:
+    """Epsilon by the filter; inf where slips and distances exceed what is set aside for them.
+
+    The filter needs bounds that are fixed beforehand, one on the moments and one on what is charged
+    to delta. Were delta shared out by what a path of runs happened to use, P's mass of slips could
+    come from one path and the moments from another, and delta could be exceeded by all slips.
+    """
+    inexact = total.slip + (1 + math.exp(min(budget.epsilon, 700.0))) * total.distance
+    if inexact > SET_ASIDE * budget.delta:
+        return math.inf
+    return _exact(total).epsilon((1 - SET_ASIDE) * budget.delta, order)
+
+
+def _exact(curve: Curve) -> Curve:
+    return dataclasses.replace(curve, slip=0.0, distance=0.0)
+
+
 def _order(curve: Curve, budget: Registered) -> float:
     """The order at which most rounds of `curve` fit the budget."""
+    delta = (1 - SET_ASIDE) * budget.delta
     low, high = 1e-9, 1e9  # rounds, on a logarithmic scale
     while high > low * 1.01:
         middle = (low * high) ** 0.5
-        rounds = Curve.total([(curve, middle)])
-        order = rounds.best_order(budget.delta)
-        if rounds.epsilon(budget.delta, order) <= budget.epsilon:
+        rounds = Curve.total([(_exact(curve), middle)])
+        if rounds.epsilon(delta, rounds.best_order(delta)) <= budget.epsilon:
             low = middle
         else:
             high = middle
-    return Curve.total([(curve, low)]).best_order(budget.delta)
+    return Curve.total([(_exact(curve), low)]).best_order(delta)
