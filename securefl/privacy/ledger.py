@@ -28,7 +28,7 @@ import hashlib
 import hmac
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -273,6 +273,21 @@ class RunStanding:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a data set of budget `epsilon` has spent, and would have spent after one more run.
+
+    alone: it fits only if no other run ever has the data set. Where `after` exceeds `epsilon`, the
+    site would stop before the run ends.
+    """
+
+    epsilon: float
+    spent: float
+    after: float
+    alone: bool
+
+
+@final
 class Ledger:
     """The ledger in the SQLite file `path`, made when it does not exist; a context manager.
 
@@ -511,6 +526,11 @@ class Ledger:
             ),
         )
 
+    def forecast(self, dataset: str, unit: Unit, per_round: Repeated, rounds: int) -> Forecast:
+        """What a run would add, were it opened now and all its rounds charged; as in `open`."""
+        runs = [(run.opened, run.charged) for run in self._book.of(dataset)]
+        return forecast(self._known(dataset), runs, unit, per_round, rounds)
+
     def verify(self, kept: Head) -> None:
         """CorruptStoreError unless this ledger contains the head that somebody kept.
 
@@ -628,18 +648,8 @@ class Ledger:
         self, budget: Registered, event: Event, steps: int, curve: Curve, rounds: int
     ) -> tuple[float, bool]:
         """The order of the data set's filter, and whether a run has the data set to itself."""
-        earlier = self._book.of(budget.dataset)
-        if any(run.opened.alone for run in earlier):
-            raise ConfigurationError(
-                f"data set {budget.dataset!r} was given to run {earlier[0].opened.run!r} alone, "
-                "which fits its budget by the tightest accountant only: no other run can use it"
-            )
-        if earlier:
-            return earlier[0].opened.order, False
-        order = _order(curve, budget)
-        if Curve.total([(curve, rounds)]).epsilon(budget.delta, order) <= budget.epsilon:
-            return order, False
-        return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
+        earlier = [run.opened for run in self._book.of(budget.dataset)]
+        return _filtered(budget, earlier, event, steps, curve, rounds)
 
     def _key(self) -> bytes:
         """The secret of the keyed hashes, made when it does not exist."""
@@ -720,6 +730,49 @@ def _event(told: Mapping[str, str | float | int]) -> Event:
 
 def _alone(event: Event, times: int, delta: float) -> float:
     return accounting.epsilon([Repeated(event, times)], delta)
+
+
+def _filtered(
+    budget: Registered,
+    earlier: Sequence[Opened],
+    event: Event,
+    steps: int,
+    curve: Curve,
+    rounds: int,
+) -> tuple[float, bool]:
+    if any(opened.alone for opened in earlier):
+        raise ConfigurationError(
+            f"data set {budget.dataset!r} was given to run {earlier[0].run!r} alone, "
+            "which fits its budget by the tightest accountant only: no other run can use it"
+        )
+    if earlier:
+        return earlier[0].order, False
+    order = _order(curve, budget)
+    if Curve.total([(curve, rounds)]).epsilon(budget.delta, order) <= budget.epsilon:
+        return order, False
+    return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
+
+
+def forecast(
+    budget: Registered,
+    runs: Sequence[tuple[Opened, int]],
+    unit: Unit,
+    per_round: Repeated,
+    rounds: int,
+) -> Forecast:
+    """What one more run would add to a budget, after the rounds that earlier runs were charged.
+
+    Raises ConfigurationError where the run could not be opened, as `Ledger.open` does.
+    """
+    event, steps = _counted(per_round.event, unit, budget), per_round.times
+    curve = Curve.of([Repeated(event, steps)])
+    order, alone = _filtered(budget, [run for run, _ in runs], event, steps, curve, rounds)
+    if alone:
+        return Forecast(budget.epsilon, 0.0, _alone(event, steps * rounds, budget.delta), True)
+    before = [(opened.curve, charged) for opened, charged in runs]
+    spent = Curve.total(before).epsilon(budget.delta, order)
+    after = Curve.total([*before, (curve, rounds)]).epsilon(budget.delta, order)
+    return Forecast(budget.epsilon, spent, after, False)
 
 
 def _order(curve: Curve, budget: Registered) -> float:

@@ -42,7 +42,7 @@ def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
         raise ConfigurationError("there is no [privacy] section: add one to plan for")
     encoding = agreement.encoding(experiment, sites, plan)
     return Preview(
-        noise_multiplier=_multiplier(plan),
+        noise_multiplier=noise_multiplier(plan),
         signal_to_noise=_signal_to_noise(plan, sites, parameters),
         field_bits=encoding.field_bits,
         bytes_up=_upload_bytes(experiment, encoding, sites, parameters) / parameters,
@@ -50,7 +50,8 @@ def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
     )
 
 
-def _multiplier(plan: Plan) -> float:
+def noise_multiplier(plan: Plan) -> float:
+    """The noise that the adversary does not know, at least, over what is protected."""
     if isinstance(plan, RecordLocal):
         return plan.noise_multiplier
     hidden = plan.cohort.shares(Observer.OTHERS)
