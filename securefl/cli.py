@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 
 from securefl import config
 from securefl.config import ConfigurationError
+from securefl.site_cli import site
 
 # torch, matplotlib and rich are imported where they are used: `securefl --help` is quick.
 if TYPE_CHECKING:
@@ -201,6 +202,8 @@ def show(
     if rounds:
         console.print(_rounds_table(rounds))
 
+
+app.add_typer(site, name="site", cls=OneLineErrors)
 
 privacy = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Plan what a run may cost.")
 app.add_typer(privacy, name="privacy")

@@ -568,12 +568,17 @@ def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
     return experiment
 
 
+def parse_site(text: str, origin: str = "site") -> Site:
+    """The site written in `text`. Raises ConfigurationError as `parse` does."""
+    return _validated(Site, _tree(text, origin), origin)
+
+
 def load_site(path: Path | str) -> Site:
     """The site in the TOML file `path`; a relative data path is relative to that file.
 
     Raises ConfigurationError naming the file, the key, the value and the mend.
     """
-    site = _validated(Site, _tree(_text(path), str(path)), str(path))
+    site = parse_site(_text(path), origin=str(path))
     if site.data.path is None:
         return site
     data = site.data.model_copy(update={"path": Path(path).resolve().parent / site.data.path})

@@ -143,9 +143,10 @@ def _of_work(site: Site, experiment: Experiment) -> Iterator[_Rule]:
 
 def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Rule]:
     policy, data, privacy = site.policy, experiment.data, experiment.privacy
+    by_person = privacy is not None and privacy.unit == site.budget.unit == "person"
     yield _Rule(
         "data.person",
-        privacy is not None and privacy.unit == "person" and data.person != site.data.person,
+        by_person and data.person != site.data.person,
         f"column {data.person!r} to say whose a record is",
         f"column {site.data.person!r}",
     )
@@ -367,19 +368,18 @@ class Asked:
         )
 
     def _told_sites(self) -> str:
-        others = f"{self.sites} sites and a server"
-        if self.names:
-            others += f": {', '.join(self.names)}"
-        pinned = [name for name in self.names if name in self.site.consortium]
-        if self.names and len({*pinned, self.site.name}) == self.sites:
-            return f"{others}. This site knows the key of each."
-        warned = (
-            "Their keys come from the server: it could play the other sites itself, and then what "
-            "masks hide from it is not hidden."
-        )
+        named = f": {', '.join(self.names)}" if self.names else ""
+        told = f"{self.sites} sites and a server{named}."
+        known = {*self.site.consortium, self.site.name}
+        if self.names and known.issuperset(self.names):
+            return f"{told} This site knows the key of each."
         if self.site.policy.unknown_sites:
-            return f"{others}. {warned}"
-        return f"{others}. This site does not know the key of each, and will refuse until it does."
+            return (
+                f"{told} The server says what the keys of others are: it could play other sites "
+                "itself, and learn what masks would hide from it."
+            )
+        others = ", ".join(sorted(known - {self.site.name})) or "nobody's yet"
+        return f"{told} Only sites whose key this site knows may ({others})."
 
     def _told_model(self) -> str:
         model = f"{self.experiment.model.name}, {_many(self.parameters, 'parameter')}."
@@ -405,8 +405,8 @@ class Asked:
         told = f"{name}: nobody learns this site's update; only the sum over {least} or more sites "
         told += "is opened. "
         told += (
-            f"Should the server and up to {_many(colluding, 'site')} work together, they learn the "
-            f"sum over the other {least - colluding} or more, this site among them."
+            f"Should the server and up to {_many(colluding, 'other site')} work together, they "
+            f"learn the sum over the remaining {least - colluding} or more, this site among them."
             if colluding
             else "This holds only as long as no site works together with the server."
         )
@@ -426,22 +426,28 @@ class Asked:
         if self.experiment.not_private_seed is not None:
             return "NOT PRIVATE: the noise comes from a seed that others know. For tests only."
         most = max(self.epsilon.values())
-        unit = {"record": "one record", "person": "one person", "site": "this site"}[privacy.unit]
-        told = [
-            f"epsilon {words.rounded_up(spent)} against {who.value}"
-            for who, spent in self.epsilon.items()
-        ]
-        relied = (
-            "The noise is added here and is enough by itself, whoever else colludes."
-            if isinstance(plan, RecordLocal)
-            else "Each site adds a share of the noise, and only the sum over "
-            f"{plan.cohort.minimum} or more sites has enough: this relies on the protocol above."
-        )
+        because = {
+            "record": "one record was among this site's",
+            "person": "one person's records were among this site's",
+            "site": "this site's updates were among them",
+        }[privacy.unit]
+        if isinstance(plan, RecordLocal):
+            told = f"Epsilon {words.rounded_up(most)} against everyone else"
+            relied = "This site adds all of that noise itself, so it holds even if all others lie."
+        else:
+            told = ", ".join(
+                f"epsilon {words.rounded_up(spent)} against {who.value}"
+                for who, spent in self.epsilon.items()
+            )
+            told = words.sentence_case(told)
+            relied = (
+                "Each site adds a share of the noise, and only the sum over "
+                f"{plan.cohort.minimum} or more has enough: this relies on the protocol above."
+            )
         return (
-            f"{'; '.join(told)}; each at delta {privacy.delta:g}, all rounds together, for: "
-            f"{plan.adjacency}. Whatever anyone concludes from the run, it is at most "
-            f"{words.odds(most)} times as likely because {unit} took part, but for a "
-            f"probability of {privacy.delta:g}. {relied}"
+            f"{told}, at delta {privacy.delta:g}, for all rounds together ({plan.adjacency}). So "
+            f"whatever anyone concludes is at most {words.odds(most)} times as likely because "
+            f"{because}, but for a probability of {privacy.delta:g}. {relied}"
         )
 
     def _told_budget(self) -> str:
