@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from securefl import config, ledger_cli
+from securefl import config, ledger_cli, site_cli
 from securefl.config import ConfigurationError
 from securefl.terminal import Format, OneLineErrors, print_json, say, told
 
@@ -246,6 +246,7 @@ def join(target: typer.Typer, entries: Iterable[importlib.metadata.EntryPoint]) 
 
 
 app.add_typer(ledger_cli.app, name="ledger")
+app.add_typer(site_cli.site, name="site")
 
 
 def main() -> None:

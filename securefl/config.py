@@ -1,4 +1,4 @@
-"""An experiment as a value: TOML in, frozen and validated, TOML out.
+"""An experiment, and a site with its policy, as values: TOML in, frozen and validated.
 
 Every key is checked when it is read. A key that does not exist is refused with the nearest
 one that does; a combination that would weaken a promise is refused with the mend.
@@ -11,12 +11,21 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import pydantic
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Clip = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -31,14 +40,37 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
+def _one_line(text: str) -> str:
+    if not text.isprintable() or not 1 <= len(text) <= 1000:
+        raise ValueError("write one line of 1 to 1000 printable characters")
+    return text
+
+
+def _hexadecimal(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError(f"{text!r} is not 64 hexadecimal digits in lower case")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Hex32 = Annotated[str, AfterValidator(_hexadecimal)]
+Flag = Annotated[bool, Field(strict=True)]
+Budgeted = Annotated[float, Field(gt=0, le=1e6)]
+Delta = Annotated[float, Field(ge=1e-12, lt=1)]
+Protected = Literal["record", "person", "site"]
+
+
 class ConfigurationError(ValueError):
     """What a user wrote cannot be run: names the key, the value and the mend, in one line."""
 
 
 class Section(BaseModel):
-    """A frozen table of an experiment file; unknown keys are refused."""
+    """A frozen table of a configuration file; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+_Kind = TypeVar("_Kind", bound=Section)
 
 
 class Data(Section):
@@ -393,6 +425,128 @@ class Experiment(Section):
         return hashlib.sha256(b"securefl experiment 1\0" + agreed.encode()).digest()
 
 
+class SiteData(Section):
+    """One data set of a site, as its ledger knows it.
+
+    `person` names the column that says whose a record is; `path` is where the records lie. Both are
+    the site's own: what a proposed experiment says of them is not believed.
+    """
+
+    id: Name
+    purpose: Line
+    person: str | None = None
+    path: Path | None = None
+
+
+class Budget(Section):
+    """What a data set may ever spend, over all runs: epsilon at one delta, counted in one unit."""
+
+    unit: Protected
+    epsilon: Budgeted
+    delta: Delta
+
+
+class Policy(Section):
+    """What a site lets a server propose; docs/site-policy.md says what each key means.
+
+    A run must keep every rule. Every default is the safe one. Without `maximum_epsilon`,
+    `maximum_delta` and `units` the budget decides (`Site.maximum_epsilon` and so on).
+    """
+
+    consent: Literal["each-run", "standing"] = "each-run"
+    unknown_sites: Flag = False
+    privacy: Literal["required", "optional"] = "required"
+    maximum_epsilon: Budgeted | None = None
+    maximum_delta: Delta | None = None
+    units: tuple[Protected, ...] | None = None
+    noise: tuple[Literal["local", "distributed"], ...] = ("local", "distributed")
+    minimum_noise: Annotated[float, Field(ge=0, le=1e6)] = 0.5
+    protocols: tuple[Literal["plain", "bfv", "secagg", "masked-bfv"], ...] = (
+        "masked-bfv",
+        "secagg",
+    )
+    minimum_cohort: Annotated[int, Field(strict=True, ge=2, le=1 << 16)] = 3
+    minimum_colluding_sites: Annotated[int, Field(strict=True, ge=0, le=1 << 16)] = 1
+    graph: Literal["auto", "complete"] = "complete"
+    reveal: tuple[Literal["server", "sites"], ...] = ("server", "sites")
+    minimum_openers: Count = 1
+    record_counts: Flag = False
+    models: tuple[Literal["linear", "logistic", "mlp", "cnn", "small-cnn"], ...] = (
+        "linear",
+        "logistic",
+        "mlp",
+        "cnn",
+        "small-cnn",
+    )
+    callables: Mapping[Callable_, Hex32] = {}
+    maximum_rounds: Rounds = 1000
+    maximum_local_steps: Rounds = 100
+    transcript_until: date | None = None
+    canaries: Flag = False
+    allow_not_private: Flag = False
+
+
+class Site(Section):
+    """One site: what it holds, what that may spend, and what it lets a server propose (site.toml).
+
+    `consortium`: the public keys that it pins, 64 hexadecimal digits, by site.
+    """
+
+    version: Literal[1]
+    name: SiteName
+    data: SiteData
+    budget: Budget
+    policy: Policy = Policy()
+    consortium: Mapping[SiteName, Hex32] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        budget, policy = self.budget, self.policy
+        if budget.unit == "person" and self.data.person is None:
+            raise ValueError('budget.unit = "person" needs data.person = "COLUMN"')
+        for key, value, most in (
+            ("epsilon", policy.maximum_epsilon, budget.epsilon),
+            ("delta", policy.maximum_delta, budget.delta),
+        ):
+            if value is not None and value > most:
+                raise ValueError(
+                    f"policy.maximum_{key} = {value:g} is above budget.{key} = {most:g}, which no "
+                    "run may exceed: lower it, or leave it out"
+                )
+        for unit in policy.units or ():
+            if unit not in self._countable:
+                known = " or ".join(f'"{unit}"' for unit in self._countable)
+                raise ValueError(
+                    f'policy.units lists "{unit}", which a budget in {budget.unit}s cannot count: '
+                    f"use {known}"
+                )
+        if len(set(self.consortium.values())) != len(self.consortium):
+            raise ValueError("consortium pins one key for two sites: every site has its own")
+        return self
+
+    @property
+    def _countable(self) -> tuple[Protected, ...]:
+        """The units that the ledger proves a bound for, in the budget's unit."""
+        return (self.budget.unit,) if self.budget.unit == "site" else (self.budget.unit, "site")
+
+    @property
+    def units(self) -> tuple[Protected, ...]:
+        """What a run may protect: by default the budget's unit, and whole sites."""
+        return self._countable if self.policy.units is None else self.policy.units
+
+    @property
+    def maximum_epsilon(self) -> float:
+        """The most epsilon that one run may promise; by default the budget's."""
+        most = self.policy.maximum_epsilon
+        return self.budget.epsilon if most is None else most
+
+    @property
+    def maximum_delta(self) -> float:
+        """The most delta that one run may promise; by default the budget's."""
+        most = self.policy.maximum_delta
+        return self.budget.delta if most is None else most
+
+
 def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") -> Experiment:
     """The experiment written in `text`, with `a.b=value` overrides laid over it.
 
@@ -404,26 +558,15 @@ def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") 
     Traceback (most recent call last):
     securefl.config.ConfigurationError: experiment: no key 'ruonds'; did you mean 'rounds'?
     """
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{origin} is not valid TOML: {error}") from None
+    tree = _tree(text, origin)
     for override in overrides:
         _lay_over(tree, override)
-    try:
-        return Experiment.model_validate(tree)
-    except pydantic.ValidationError as error:
-        raise ConfigurationError(f"{origin}: {_first_fault(error)}") from None
+    return _validated(Experiment, tree, origin)
 
 
 def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
     """The experiment in the TOML file `path`; a relative data path is relative to that file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    text = _text(path)
     experiment = parse(text, overrides, origin=str(path))
     data = experiment.data
     if data.path is not None and not data.path.is_absolute():
@@ -432,6 +575,46 @@ def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
         data = data.model_copy(update={"path": base / data.path})
         experiment = experiment.model_copy(update={"data": data})
     return experiment
+
+
+def parse_site(text: str, origin: str = "site") -> Site:
+    """The site written in `text`. Raises ConfigurationError as `parse` does."""
+    return _validated(Site, _tree(text, origin), origin)
+
+
+def load_site(path: Path | str) -> Site:
+    """The site in the TOML file `path`; a relative data path is relative to that file.
+
+    Raises ConfigurationError naming the file, the key, the value and the mend.
+    """
+    site = parse_site(_text(path), origin=str(path))
+    if site.data.path is None:
+        return site
+    data = site.data.model_copy(update={"path": Path(path).resolve().parent / site.data.path})
+    return site.model_copy(update={"data": data})
+
+
+def _text(path: Path | str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+
+
+def _tree(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or deep brackets
+        raise ConfigurationError(f"{origin} is not valid TOML: {error}") from None
+
+
+def _validated(kind: type[_Kind], tree: dict[str, Any], origin: str) -> _Kind:
+    try:
+        return kind.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(f"{origin}: {_first_fault(error, kind)}") from None
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
@@ -450,12 +633,12 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
         table[steps[-1]] = value.strip()  # a bare word is a string
 
 
-def _first_fault(error: pydantic.ValidationError) -> str:
+def _first_fault(error: pydantic.ValidationError, kind: type[Section]) -> str:
     """The most telling fault of a validation error, as one line."""
     faults = error.errors(include_url=False)
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     path = [str(step) for step in fault["loc"]]
-    known = _keys(path[:-1])
+    known = _keys(path[:-1], kind)
     if path[:1] == ["privacy"] and path[1:2] in (["record"], ["site"]):
         del path[1]  # which of the two sections it was read as
     key = ".".join(path)
@@ -477,9 +660,9 @@ def _first_fault(error: pydantic.ValidationError) -> str:
     return f"{where} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys(path: list[str]) -> list[str]:
-    """The keys that exist at `path`, which leads from Experiment through its sections."""
-    section: type[BaseModel] = Experiment
+def _keys(path: list[str], kind: type[Section]) -> list[str]:
+    """The keys that exist at `path`, which leads from `kind` through its sections."""
+    section: type[BaseModel] = kind
     for step in path:
         if section is Experiment and step == "privacy":
             section = SitePrivacy if path[1:2] == ["site"] else Privacy

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from protocols.errors import MalformedMessageError
-from protocols.messages import Message, SessionId, SiteName
+from protocols.messages import Message, PublicKey, SessionId, SiteName
 from securefl.privacy.clipping import LEAST, MOST
 from securefl.privacy.ledger import SignedHead
 
@@ -40,9 +40,12 @@ class Answer(Message, frozen=True):
 
 
 class Refusal(Message, frozen=True):
-    """C -> S: why a site does not answer. "budget" is final for the run; "request" is not."""
+    """C -> S: why a site does not answer. "budget" is final for the run; "request" is not.
 
-    kind: Literal["budget", "request"]
+    "policy": the site takes no part in what was proposed.
+    """
+
+    kind: Literal["budget", "request", "policy"]
     reason: Annotated[str, Meta(max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 
 
@@ -58,6 +61,48 @@ class ModelMessage(Message, frozen=True):
     mask: bytes
     weights: bytes
     clip_scale: Annotated[float, Meta(ge=LEAST, le=MOST)] = 1.0
+
+
+class PinnedKey(Message, frozen=True):
+    """One site of a roster, and its public key."""
+
+    site: SiteName
+    key: PublicKey
+
+
+class Proposal(Message, frozen=True):
+    """S -> C, before any request: the run that a site is asked to take part in.
+
+    run: what the server calls it, for ever; a session is one connection's. experiment: TOML.
+    parameters: of the dense model. roster: every site, in name order, each with its own key.
+    """
+
+    session: SessionId
+    run: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    experiment: Annotated[str, Meta(max_length=1 << 20)]
+    parameters: Annotated[int, Meta(ge=1, le=2**40)]
+    roster: Annotated[tuple[PinnedKey, ...], Meta(min_length=2, max_length=1 << 16)]
+
+    def __post_init__(self) -> None:
+        names = [pinned.site for pinned in self.roster]
+        if names != sorted(set(names)):
+            raise ValueError("the roster's sites are not in order, each once")
+        if len({pinned.key for pinned in self.roster}) != len(names):
+            raise ValueError("the roster has one key for two sites")
+
+
+def parse_asked(data: bytes) -> Proposal | Request:
+    """A Proposal, or a Request that `Request.from_bytes` has still to check.
+
+    Raises MalformedMessageError when `data` is neither.
+    """
+    try:
+        asked = msgspec.msgpack.decode(data, type=Proposal | Request)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
+        raise MalformedMessageError(f"neither a proposal nor a request: {error}") from None
+    if isinstance(asked, Proposal) and asked.to_bytes() != data:
+        raise MalformedMessageError("not a Proposal: not in its one encoding")
+    return asked
 
 
 def printable(text: str) -> str:

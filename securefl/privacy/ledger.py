@@ -33,7 +33,7 @@ import math
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -318,6 +318,21 @@ class RunStanding:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a data set of budget `epsilon` has spent, and would have spent after one more run.
+
+    alone: it fits only if no other run ever has the data set. Where `after` exceeds `epsilon`, the
+    site would stop before the run ends.
+    """
+
+    epsilon: float
+    spent: float
+    after: float
+    alone: bool
+
+
+@final
 class Ledger:
     """The ledger in the SQLite file `path`, made when it does not exist; a context manager.
 
@@ -584,6 +599,11 @@ class Ledger:
             ),
         )
 
+    def forecast(self, dataset: str, unit: Unit, per_round: Repeated, rounds: int) -> Forecast:
+        """What a run would add, were it opened now and all its rounds charged; as in `open`."""
+        runs = [(run.opened, run.charged) for run in self._book.of(dataset)]
+        return forecast(self._known(dataset), runs, unit, per_round, rounds)
+
     def verify(self, kept: Head) -> None:
         """CorruptStoreError unless this ledger contains the head that somebody kept.
 
@@ -717,23 +737,8 @@ class Ledger:
         self, budget: Registered, event: Event, steps: int, curve: Curve, rounds: int
     ) -> tuple[float, bool]:
         """The order of the data set's filter, and whether a run has the data set to itself."""
-        earlier = self._book.of(budget.dataset)
-        if any(run.opened.alone for run in earlier):
-            raise ConfigurationError(
-                f"data set {budget.dataset!r} was given to run {earlier[0].opened.run!r} alone, "
-                "which fits its budget by the tightest accountant only: no other run can use it"
-            )
-        if earlier:
-            return earlier[0].opened.order, False
-        order = _order(curve, budget)
-        total = Curve.total([(curve, rounds)])
-        if _filtered(total, budget, order) <= budget.epsilon:
-            return order, False
-        # The tighter accountant saves a small part, and takes memory without bound for vast costs.
-        renyi = total.epsilon(budget.delta, total.best_order(budget.delta))
-        if renyi > min(4 * budget.epsilon + 1, _COSTLY):
-            return order, False
-        return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
+        earlier = [run.opened for run in self._book.of(budget.dataset)]
+        return _admitted(budget, earlier, event, steps, curve, rounds)
 
     @property
     def _key_path(self) -> Path:
@@ -876,6 +881,55 @@ def _filtered(total: Curve, budget: Registered, order: float) -> float:
 
 def _exact(curve: Curve) -> Curve:
     return dataclasses.replace(curve, slip=0.0, distance=0.0)
+
+
+def _admitted(
+    budget: Registered,
+    earlier: Sequence[Opened],
+    event: Event,
+    steps: int,
+    curve: Curve,
+    rounds: int,
+) -> tuple[float, bool]:
+    """The order of a data set's filter, and whether one more run has the data set to itself."""
+    if any(opened.alone for opened in earlier):
+        raise ConfigurationError(
+            f"data set {budget.dataset!r} was given to run {earlier[0].run!r} alone, "
+            "which fits its budget by the tightest accountant only: no other run can use it"
+        )
+    if earlier:
+        return earlier[0].order, False
+    order = _order(curve, budget)
+    total = Curve.total([(curve, rounds)])
+    if _filtered(total, budget, order) <= budget.epsilon:
+        return order, False
+    # The tighter accountant saves a small part, and takes memory without bound for vast costs.
+    renyi = total.epsilon(budget.delta, total.best_order(budget.delta))
+    if renyi > min(4 * budget.epsilon + 1, _COSTLY):
+        return order, False
+    return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
+
+
+def forecast(
+    budget: Registered,
+    runs: Sequence[tuple[Opened, int]],
+    unit: Unit,
+    per_round: Repeated,
+    rounds: int,
+) -> Forecast:
+    """What one more run would add to a budget, after the rounds that earlier runs were charged.
+
+    Raises ConfigurationError where the run could not be opened, as `Ledger.open` does.
+    """
+    event, steps = _counted(per_round.event, unit, budget), per_round.times
+    curve = Curve.of([Repeated(event, steps)])
+    order, alone = _admitted(budget, [run for run, _ in runs], event, steps, curve, rounds)
+    if alone:
+        return Forecast(budget.epsilon, 0.0, _alone(event, steps * rounds, budget.delta), True)
+    before = [(opened.curve, charged) for opened, charged in runs]
+    spent = _filtered(Curve.total(before), budget, order)
+    after = _filtered(Curve.total([*before, (curve, rounds)]), budget, order)
+    return Forecast(budget.epsilon, spent, after, False)
 
 
 def _order(curve: Curve, budget: Registered) -> float:

@@ -50,7 +50,7 @@ def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
     encoding = agreement.encoding(experiment, sites, plan)
     length = clipping.upload_length(experiment, parameters)
     return Preview(
-        noise_multiplier=_multiplier(plan),
+        noise_multiplier=noise_multiplier(plan),
         signal_to_noise=_signal_to_noise(plan, sites, parameters),
         field_bits=encoding.field_bits,
         bytes_up=upload_bytes(experiment.protocol, encoding, sites, length) / parameters,
@@ -61,7 +61,8 @@ def preview(experiment: Experiment, sites: int, parameters: int) -> Preview:
     )
 
 
-def _multiplier(plan: Plan) -> float:
+def noise_multiplier(plan: Plan) -> float:
+    """The noise that the adversary does not know, at least, over what is protected."""
     if isinstance(plan, RecordLocal):
         return plan.noise_multiplier
     hidden = plan.cohort.shares(Observer.OTHERS)

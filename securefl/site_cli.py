@@ -1,0 +1,286 @@
+"""`securefl site`: make a site, see what an experiment asks of it, and agree to that."""
+
+from __future__ import annotations
+
+import sys
+from datetime import date
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from securefl import config
+from securefl.config import ConfigurationError
+from securefl.terminal import Format, OneLineErrors, print_json
+
+# torch and rich are imported where they are used, as in securefl.cli.
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from securefl.privacy.policy import Asked, PolicyError
+
+site = typer.Typer(
+    cls=OneLineErrors, no_args_is_help=True, help="What a site permits, and what it agreed to."
+)
+
+
+class Unit(StrEnum):
+    """What a budget is counted in."""
+
+    record = "record"
+    person = "person"
+    site = "site"
+
+
+Folder = Annotated[Path, typer.Option("--site", metavar="FOLDER", help="The site's folder.")]
+Experiment = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="What is proposed.")]
+Sites = Annotated[int, typer.Option(min=2, help="How many sites take part.")]
+Parameters = Annotated[
+    int, typer.Option(min=1, help="Parameters of the model; who proposes the run says it.")
+]
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.")]
+
+
+@site.callback()
+def _site() -> None:
+    """What a site permits, and what it agreed to."""
+
+
+@site.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The site's folder to make.")],
+    name: Annotated[str, typer.Option(help="What the consortium calls this site.")],
+    data_id: Annotated[str, typer.Option(help="A name for the data set, in the ledger.")],
+    unit: Annotated[Unit, typer.Option(help="What the budget protects and counts.")],
+    epsilon: Annotated[float, typer.Option(help="The budget of the data set, for ever.")],
+    delta: Annotated[float, typer.Option(help="Of the budget: below one over the records.")],
+    purpose: Annotated[str, typer.Option(help="What the records are used for, in one line.")],
+    person: Annotated[
+        str | None, typer.Option(help="The column that says whose a record is (unit person).")
+    ] = None,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Make a site: site.toml with a safe policy, and the site's key. Prints the public key."""
+    from securefl import site as sites
+    from securefl import store
+
+    path = folder / sites.SITE
+    if path.exists():
+        raise ConfigurationError(f"{path} exists: edit it, or name another folder")
+    text = _TEMPLATE.format(
+        name=_quoted(name),
+        id=_quoted(data_id),
+        purpose=_quoted(purpose),
+        person=f"person = {_quoted(person)}" if person else '# person = "COLUMN"',
+        unit=_quoted(unit),
+        epsilon=repr(epsilon),
+        delta=repr(delta),
+        units='["site"]' if unit is Unit.site else f'["{unit}", "site"]',
+    )
+    config.parse_site(text, origin="this site")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    had_one = (folder / sites.KEY).exists()  # of an init that was interrupted
+    key = sites.read_key(folder) if had_one else sites.make_key(folder)
+    public = key.public.hex()
+    store.write(path, text.encode())
+    if output is Format.json:
+        print_json({"site": str(path), "public_key": public})
+        return
+    typer.echo(f"site       {path}   read it, and change what it permits")
+    typer.echo(f"key        {folder / sites.KEY}   secret; keep a copy where nobody else reads it")
+    typer.echo(f"public key {public}")
+    typer.echo("Give the public key to the other sites, and put theirs under [consortium].")
+
+
+@site.command()
+def check(
+    experiment: Experiment,
+    folder: Folder,
+    sites: Sites,
+    parameters: Parameters,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Every rule of this site that an experiment breaks (exit 2), or else what it asks."""
+    asked, broken = _looked_at(experiment, folder, sites, parameters)
+    if output is Format.json:
+        print_json(_told(asked, broken))
+    elif asked is None:
+        _show(_broken_table(broken))
+    else:
+        _show(_asked_table(asked))
+    if broken:
+        raise typer.Exit(2)
+
+
+@site.command()
+def agree(
+    experiment: Experiment,
+    folder: Folder,
+    sites: Sites,
+    parameters: Parameters,
+    by: Annotated[str, typer.Option(help="Who agrees: a person's name.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: who calls this agrees.")] = False,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Show what an experiment asks of this site, and write down that a person agrees to it."""
+    from securefl.site import Consents
+
+    asked, broken = _looked_at(experiment, folder, sites, parameters)
+    if asked is None:
+        raise broken[0]
+    if output is Format.text:
+        _show(_asked_table(asked))
+    if not yes:
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ConfigurationError(
+                "nobody can be asked here: run this on a terminal, or say --yes in their name"
+            )
+        if not typer.confirm(f"Does {by} agree to one such run?"):
+            typer.echo("Nothing was agreed to.")
+            raise typer.Exit(1)
+    path = Consents(folder).agree(asked, by)
+    if output is Format.json:
+        print_json(_told(asked, ()) | {"consent": str(path), "by": by})
+    else:
+        typer.echo(f"consent {path}\nTo withdraw it, delete that file.")
+
+
+def _looked_at(
+    path: Path, folder: Path, count: int, parameters: int
+) -> tuple[Asked | None, tuple[PolicyError, ...]]:
+    """What is asked, or every rule that is broken."""
+    from securefl.privacy import policy
+    from securefl.privacy.ledger import Ledger
+    from securefl.site import LEDGER, SITE
+
+    experiment, own = config.load(path), config.load_site(folder / SITE)
+    broken = policy.broken(own, experiment, count, parameters, date.today())
+    if broken:
+        return None, broken
+    if not (folder / LEDGER).exists():
+        return policy.asked(own, experiment, count, parameters), ()
+    with Ledger(folder / LEDGER) as ledger:
+        return policy.asked(own, experiment, count, parameters, ledger), ()
+
+
+def _told(asked: Asked | None, broken: Sequence[PolicyError]) -> dict[str, object]:
+    rules = [
+        {"rule": fault.rule, "proposed": fault.proposed, "permitted": fault.permitted}
+        for fault in broken
+    ]
+    if asked is None:
+        return {"permitted": False, "broken": rules}
+    epsilon = {who.name.lower(): spent for who, spent in asked.epsilon.items()}
+    return {
+        "permitted": True,
+        "broken": [],
+        "digest": asked.digest().hex(),
+        "rounds": asked.rounds,
+        "epsilon": epsilon,
+        "budget": asked.budget,
+        "asked": [{"about": about, "text": text} for about, text in asked.sentences()],
+    }
+
+
+def _asked_table(asked: Asked) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"What {asked.site.name} is asked to agree to",
+        title_justify="left",
+        show_header=False,
+        show_lines=True,
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for about, text in asked.sentences():
+        style = "bold red" if text.startswith("NOT PRIVATE") else ""
+        table.add_row(about, Text(text, style=style))
+    table.add_row("digest", Text(asked.digest().hex()))
+    return table
+
+
+def _broken_table(broken: Sequence[PolicyError]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"{broken[0].site} does not permit this", title_justify="left", show_lines=True
+    )
+    for heading in ("rule", "proposed", "permitted"):
+        table.add_column(heading, overflow="fold")
+    for fault in broken:
+        table.add_row(*(Text(text) for text in (fault.rule, fault.proposed, fault.permitted)))
+    return table
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(table)
+
+
+def _quoted(text: str) -> str:
+    """A TOML string."""
+    import tomli_w
+
+    return tomli_w.dumps({"x": str(text)}).removeprefix("x = ").strip()
+
+
+_TEMPLATE = """\
+# What this site permits; docs/site-policy.md explains every key. In [policy] a line that starts
+# with # shows the default: take the # away to change it. Who writes this file decides for the site.
+version = 1
+name = {name}
+
+[data]
+# What the ledger calls the data set: never another id for the same people.
+id = {id}
+purpose = {purpose}
+# The column that says whose a record is; unit = "person" needs it.
+{person}
+# Where the records lie; a path that a server proposes is never read.
+# path = "records.csv"
+
+# What the data set may spend: over all runs and all servers, for ever.
+[budget]
+unit = {unit}
+epsilon = {epsilon}
+delta = {delta}
+
+# Every run must keep every rule.
+[policy]
+# consent = "each-run"               # a person agrees to each; "standing": all within this policy
+# unknown_sites = false              # whether sites may take part that [consortium] does not pin
+# privacy = "required"               # "optional": runs without a privacy plan too
+# maximum_epsilon = {epsilon}
+# maximum_delta = {delta}
+# units = {units}
+# noise = ["local", "distributed"]
+# minimum_noise = 0.5                # unknown noise, over what is protected
+# protocols = ["masked-bfv", "secagg"]
+# minimum_cohort = 3                 # the fewest sites in a sum
+# minimum_colluding_sites = 1        # that may collude with the server and learn no more
+# graph = "complete"                 # "auto": masks with some sites only, where there are very many
+# reveal = ["server", "sites"]       # who may learn the sum
+# minimum_openers = 1                # sites that must open a sum and agree on it
+# record_counts = false              # whether the sum of all record counts may be opened
+# models = ["linear", "logistic", "mlp", "cnn", "small-cnn"]
+# maximum_rounds = 1000              # spare ones included
+# maximum_local_steps = 100
+# transcript_until = 2030-12-31      # absent: no transcript of this site's messages
+# canaries = false                   # whether an audit may insert records of its own
+# allow_not_private = false          # runs with seeded noise: tests and demonstrations only
+
+# Code that a run may name, and the SHA-256 of its file.
+[policy.callables]
+# "our_models:network" = "0000000000000000000000000000000000000000000000000000000000000000"
+
+# The other sites' public keys, as their people handed them over.
+[consortium]
+# south = "0000000000000000000000000000000000000000000000000000000000000000"
+"""
