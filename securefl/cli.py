@@ -100,18 +100,27 @@ def run(
         typer.Option(metavar="RUN", help="Continue this run after its last finished round."),
     ] = None,
     directory: Directory = None,
+    sites: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A folder with each site's own in it (`securefl site init`): policies, consents "
+            "and ledgers that outlive the run.",
+        ),
+    ] = None,
     output: OutputFormat = Format.text,
 ) -> None:
     """Run an experiment, or continue one with --resume."""
     if resume is None:
         if experiment is None:
             raise ConfigurationError("say which: securefl run EXPERIMENT.toml, or --resume RUN")
-        _start(config.load(experiment, settings or ()), directory, output)
+        _start(config.load(experiment, settings or ()), directory, output, sites)
         return
     for given, what in (
         (experiment, "EXPERIMENT.toml"),
         (settings, "--set"),
         (directory, "--directory"),
+        (sites, "--sites"),
     ):
         if given:
             raise ConfigurationError(
@@ -299,7 +308,12 @@ class Bars:
         self._bars.update(self._task, completed=record.update, latest=_latest(record))
 
 
-def _start(experiment: config.Experiment, directory: Path | None, output: Format) -> None:
+def _start(
+    experiment: config.Experiment,
+    directory: Path | None,
+    output: Format,
+    sites: Path | None = None,
+) -> None:
     from securefl import runs
 
     previous = _newest()
@@ -310,7 +324,7 @@ def _start(experiment: config.Experiment, directory: Path | None, output: Format
         return newest if (newest := _newest()) != previous else None
 
     _follow(
-        lambda progress: runs.run(experiment, directory, progress=progress),
+        lambda progress: runs.run(experiment, directory, progress=progress, sites=sites),
         made,
         output,
     )

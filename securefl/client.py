@@ -70,6 +70,7 @@ class Client:
         self._identity = identity
         self._session = session
         self._store = store
+        self._holding = holding
         self._protocol = PROTOCOLS[experiment.protocol.name]
         self._thresholds = agreement.thresholds(experiment, len(identity.roster))
         self._weight = _weight(name, table, experiment)
@@ -110,8 +111,10 @@ class Client:
             self._replicas = Replicas(store.models, identity, session, agreed, quorum, start)
 
     def close(self) -> None:
-        """Let go of the site's durable state."""
+        """Let go of the site's durable state, and of its ledger."""
         self._store.close()
+        if self._holding is not None:
+            self._holding.ledger.close()
 
     @property
     def name(self) -> str:

@@ -20,6 +20,8 @@ from securefl.config import ConfigurationError
 
 EXPERIMENT = "experiment.toml"
 METRICS = "metrics.jsonl"
+SITES = "sites.txt"
+"""Where the sites of a simulation have folders of their own."""
 SUMMARY = "summary.json"
 REPORT = "report.html"
 

@@ -22,7 +22,7 @@ from protocols.encoding import Aggregate
 from protocols.errors import RoundAbortedError
 from protocols.identity import Roster
 from protocols.rounds import make_identities
-from securefl import models, replicas, simulation, store
+from securefl import agreement, models, replicas, simulation, store
 from securefl.algorithms import server_rule
 from securefl.client import Client, resolve_device
 from securefl.config import ConfigurationError, Experiment
@@ -30,7 +30,15 @@ from securefl.engines import Exchange, inprocess
 from securefl.engines.workers import WorkerFailedError, Workers
 from securefl.evaluation import evaluate
 from securefl.privacy.plan import Observer, RecordLocal
-from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary, read_history
+from securefl.records import (
+    EXPERIMENT,
+    METRICS,
+    SITES,
+    SUMMARY,
+    RoundRecord,
+    Summary,
+    read_history,
+)
 from securefl.replicas import Replica, Standing
 from securefl.server import BudgetsSpentError, Round, Server
 from securefl.state import DivergedError, GlobalState, apply, first_state
@@ -99,10 +107,14 @@ def run(
     directory: Path | None = None,
     *,
     progress: Progress | None = None,
+    sites: Path | None = None,
     exchange: Wrap | None = None,
     clients: Mapping[str, Replace] | None = None,
 ) -> Run:
     """Run `experiment` into `directory`, by default runs/NAME-YYYYMMDD-HHMMSS.
+
+    sites: a folder with one of each site's own in it (`securefl.site`): its policy, key, consents
+    and ledger, which outlive the run. Sites then get a proposal first, and may refuse it.
 
     `exchange` wraps what carries messages and `clients` replaces sites: the one seam through which
     tests and attacks put an active server or a malicious site. Raises ConfigurationError for what
@@ -111,11 +123,13 @@ def run(
     if experiment.data.path is not None:  # so that the run can be resumed from anywhere
         data = experiment.data.model_copy(update={"path": experiment.data.path.absolute()})
         experiment = experiment.model_copy(update={"data": data})
-    job = _Job(experiment, progress or _Silent(), exchange, clients or {})
+    job = _Job(experiment, progress or _Silent(), exchange, clients or {}, sites)
     folder = _new_folder(experiment.name) if directory is None else Path(directory)
     with store.exclusive(folder):
         if (folder / EXPERIMENT).exists():
             raise ConfigurationError(f"{folder} holds a run already: resume it, or name another")
+        if sites is not None:  # so that the run can be resumed from anywhere
+            store.write(folder / SITES, str(sites.absolute()).encode())
         store.write(folder / EXPERIMENT, experiment.dump().encode())
         if directory is None:
             _point_latest_at(folder)
@@ -134,7 +148,9 @@ def resume(directory: Path, *, progress: Progress | None = None) -> Run:
     history = read_history(folder)
     if history.summary is not None:
         return Run(folder, history.summary)
-    job = _Job(history.experiment, progress or _Silent(), None, {})
+    told = folder / SITES
+    sites = Path(told.read_text(encoding="utf-8")) if told.exists() else None
+    job = _Job(history.experiment, progress or _Silent(), None, {}, sites)
     with store.exclusive(folder):
         return job.go(folder)
 
@@ -148,13 +164,17 @@ class _Job:
         progress: Progress,
         wrap: Wrap | None,
         replaced: Mapping[str, Replace],
+        sites: Path | None = None,
     ) -> None:
         self.experiment = experiment
         self.progress = progress
         self.wrap = wrap
         self.replaced = replaced
         self.tampered = tuple(sorted(replaced))
+        self.sites = sites
         self.consortium = simulation.assemble(experiment)
+        if sites is not None:
+            simulation.check_folders(sites, self.consortium.sites)
         self.plan = self.consortium.plan
         self.rule = server_rule(experiment.aggregation)
         test = self.consortium.test
@@ -171,6 +191,8 @@ class _Job:
         strangers = sorted(set(replaced) - set(self.consortium.sites))
         if strangers:
             raise ConfigurationError(f"clients replaces {strangers[0]}, which is not a site")
+        if replaced and sites is not None:
+            raise ConfigurationError("clients are replaced where there are no folders of sites")
         if replaced and experiment.engine.workers:
             raise ConfigurationError("clients are replaced in process only: set engine.workers = 0")
 
@@ -183,6 +205,8 @@ class _Job:
         with self._engine(folder, session) as (roster, exchange):
             entered = self.progress.phase
             server = Server(self.experiment, roster, session, exchange, entered, self.plan)
+            if self.sites is not None:
+                self._propose(server, server_store.run(os.urandom))
             stopped = self._why_stop(state)
             while stopped is None:
                 last = records[-1].round if records else 0
@@ -193,6 +217,14 @@ class _Job:
                     state = self._advance(folder, state, records, result)
                     stopped = self._why_stop(state)
         return self._finish(folder, state, records, server_store.last_round, stopped)
+
+    def _propose(self, server: Server, run: bytes) -> None:
+        """Ask the sites; RunFailedError where too few agree for any sum."""
+        refusals = server.propose(run, self.layout.size)
+        least = agreement.thresholds(self.experiment, len(self.consortium.sites)).minimum
+        if len(self.consortium.sites) - len(refusals) < least:
+            reasons = "; ".join(refusals.values())
+            raise RunFailedError(f"too few sites take part: a sum needs {least}: {reasons}")
 
     def _advance(
         self, folder: Path, state: Known, records: list[RoundRecord], result: Round
@@ -287,8 +319,21 @@ class _Job:
             return self.wrap(exchange) if self.wrap else exchange
 
         if self.experiment.engine.workers:
-            with Workers(self.experiment, names, session, folder / "sites") as workers:
+            parts = (self.experiment, names, session, folder / "sites", self.sites)
+            with Workers(*parts) as workers:
                 yield workers.roster, wrapped(workers.exchange)
+            return
+        if self.sites is not None:
+            gates = {
+                name: simulation.gate(self.sites / name, table, folder / "sites" / name)
+                for name, table in self.consortium.sites.items()
+            }
+            roster = Roster({name: gate.public_key for name, gate in gates.items()})
+            try:
+                yield roster, wrapped(lambda _, messages: inprocess.exchange(gates, messages))
+            finally:
+                for gate in gates.values():
+                    gate.close()
             return
         identities = make_identities(names, os.urandom)
         honest = {

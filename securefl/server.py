@@ -9,19 +9,31 @@ from dataclasses import dataclass, field, replace
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.encoding import Aggregate
-from protocols.errors import ProtocolError, RoundAbortedError
+from protocols.errors import MalformedMessageError, ProtocolError, RoundAbortedError
 from protocols.identity import Roster
 from protocols.messages import Begin
 from protocols.rounds import Cohort, Part
 from securefl import agreement, replicas
 from securefl.config import Experiment
 from securefl.engines import Exchange
-from securefl.messages import MOST_HEADS, Answer, Refusal, Request, parse_reply, printable
+from securefl.messages import (
+    MOST_HEADS,
+    Answer,
+    PinnedKey,
+    Proposal,
+    Refusal,
+    Request,
+    parse_reply,
+    printable,
+)
 from securefl.privacy import clipping
 from securefl.privacy.ledger import SignedHead
 from securefl.privacy.plan import Plan
 from securefl.replicas import Standing, Whereabouts
 from securefl.state import GlobalState
+
+PROPOSE = "propose"
+"""The phase, before any round, in which sites are asked to take part."""
 
 
 @dataclass(slots=True)
@@ -83,6 +95,29 @@ class Server:
         quorum = agreement.quorum(experiment, len(roster))
         lenders = experiment.protocol.colluding_sites + 1
         self._whereabouts = Whereabouts(roster, bound, quorum, lenders)
+
+    def propose(self, run: bytes, parameters: int) -> dict[str, str]:
+        """Ask every site to take part; why those that refuse do, by site.
+
+        run: 16 bytes, what this run is called for ever. parameters: of the dense model. A site that
+        refused refuses every request, so that rounds go on without it while enough are left.
+        """
+        pinned = tuple(PinnedKey(site, key) for site, key in self._roster.keys.items())
+        text = self._experiment.dump()
+        data = Proposal(self._session, run, text, parameters, pinned).to_bytes()
+        self._entered(0, PROPOSE)
+        answers = self._exchange(PROPOSE, dict.fromkeys(self._roster, data))
+        refusals = {}
+        for site in self._roster:
+            try:
+                reply = parse_reply(answers[site]) if site in answers else None
+            except MalformedMessageError as error:
+                reply = Refusal("request", printable(str(error)))
+            if isinstance(reply, Refusal):
+                refusals[site] = reply.reason
+            elif reply is None or reply.body != self._experiment.digest():
+                refusals[site] = "no answer" if reply is None else "agreed to another experiment"
+        return refusals
 
     def round(self, number: int, state: GlobalState | Standing) -> Round:
         """One round on `state`: what came of it, who fell out and why, and what it moved.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 from protocols.identity import Identity
-from securefl import agreement, data, models
+from securefl import agreement, config, data, models
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
+from securefl.site import SITE, Gate, open_ledger
 from securefl.store import SiteStore
 
 
@@ -64,3 +66,30 @@ def client(
 ) -> Client:
     """The client of one site, with its durable state in `folder`."""
     return Client(experiment, identity, session, table, SiteStore(folder), holding)
+
+
+def gate(folder: Path, table: Table, run_folder: Path) -> Gate:
+    """The gate of the site in `folder`, which holds `table`; in a run it keeps its state apart."""
+
+    def make(
+        experiment: Experiment, identity: Identity, session: bytes, run: bytes, records: Table
+    ) -> Client:
+        ledger = open_ledger(folder)
+        try:
+            holding = Holding(ledger, config.load_site(folder / SITE).data.id, run.hex())
+            return client(experiment, records, identity, session, run_folder, holding)
+        except BaseException:
+            ledger.close()
+            raise
+
+    return Gate(folder, lambda _: table, make, tell=lambda line: print(line, file=sys.stderr))
+
+
+def check_folders(folder: Path, sites: Iterable[str]) -> None:
+    """ConfigurationError unless `folder` holds a folder with its own site.toml for every site."""
+    for name in sites:
+        own = config.load_site(folder / name / SITE)
+        if own.name != name:
+            raise ConfigurationError(
+                f"{folder / name / SITE} is of {own.name}: name the folder after its site"
+            )

@@ -28,6 +28,7 @@ from securefl.config import ConfigurationError, Experiment
 from securefl.data import Table
 from securefl.messages import Answer, Proposal, Refusal, parse_asked, printable
 from securefl.privacy import policy
+from securefl.privacy.ledger import Ledger
 from securefl.privacy.policy import Asked, PolicyError
 from securefl.store import CorruptStoreError
 
@@ -72,6 +73,41 @@ def read_key(folder: Path) -> SigningKey:
     if len(secret) != 32:
         raise CorruptStoreError(f"{path} is damaged: restore it from a copy")
     return SigningKey(lambda size: secret)
+
+
+def open_ledger(folder: Path) -> Ledger:
+    """The site's ledger, with its data set and budget as site.toml has them.
+
+    Raises ConfigurationError where the ledger has another budget: a person changes that, by name.
+    """
+    site = config.load_site(folder / SITE)
+    ledger = Ledger(folder / LEDGER)
+    try:
+        _register(ledger, site)
+    except ConfigurationError as error:
+        ledger.close()
+        raise ConfigurationError(
+            f"{folder / SITE}: {error}; `securefl site budget --site {folder} --by NAME` changes it"
+        ) from None
+    return ledger
+
+
+def change_budget(folder: Path, by: str) -> None:
+    """Give the data set the budget and purpose of site.toml, in the name of a person."""
+    with Ledger(folder / LEDGER) as ledger:
+        _register(ledger, config.load_site(folder / SITE), by)
+
+
+def _register(ledger: Ledger, site: config.Site, by: str = "") -> None:
+    budget = site.budget
+    ledger.register(
+        site.data.id,
+        unit=budget.unit,
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        purpose=site.data.purpose,
+        by=by,
+    )
 
 
 class _UnfitError(RuntimeError):

@@ -148,6 +148,21 @@ def agree(
         typer.echo(f"consent {path}\nTo withdraw it, delete that file.")
 
 
+@site.command()
+def budget(
+    folder: Folder,
+    by: Annotated[str, typer.Option(help="Who changes it: a person's name.")],
+) -> None:
+    """Give the data set the budget and purpose that site.toml has now: an entry of the ledger."""
+    from securefl.site import SITE, change_budget
+
+    own = config.load_site(folder / SITE)
+    change_budget(folder, by)
+    typer.echo(
+        f"data set {own.data.id}: epsilon {own.budget.epsilon:g} at delta {own.budget.delta:g}"
+    )
+
+
 def _looked_at(
     path: Path, folder: Path, count: int, parameters: int
 ) -> tuple[Asked | None, tuple[PolicyError, ...]]:

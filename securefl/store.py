@@ -13,6 +13,7 @@ from typing import IO, Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from protocols.keystream import Randomness
 from securefl.config import ConfigurationError
 
 LOCK_SECONDS = 10.0
@@ -185,10 +186,11 @@ class SiteStore:
 class _ServerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1]
     last_round: Annotated[int, Meta(ge=0)]
+    run: Annotated[str, Meta(pattern=r"\A([0-9a-f]{32})?\Z")] = ""
 
 
 class ServerStore:
-    """What a server must never forget: the last round number it began."""
+    """What a server must never forget: the last round number it began, and the run's name."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "server.json"
@@ -201,9 +203,18 @@ class ServerStore:
 
     def begin(self, after: int = 0) -> int:
         """The next round number, above `after` too, durable before it is used."""
-        self._record = _ServerRecord(1, max(self.last_round, after) + 1)
-        write(self._path, msgspec.json.encode(self._record))
+        self._put(msgspec.structs.replace(self._record, last_round=max(self.last_round, after) + 1))
         return self.last_round
+
+    def run(self, randomness: Randomness) -> bytes:
+        """What this run is called, for ever: 16 bytes, drawn when it is first asked for."""
+        if not self._record.run:
+            self._put(msgspec.structs.replace(self._record, run=randomness(16).hex()))
+        return bytes.fromhex(self._record.run)
+
+    def _put(self, record: _ServerRecord) -> None:
+        write(self._path, msgspec.json.encode(record))
+        self._record = record
 
 
 def _read(path: Path, kind: type[_Record], missing: _Record) -> _Record:

@@ -25,6 +25,7 @@ import msgspec
 from protocols.identity import Identity, Roster, SigningKey
 from securefl import config
 from securefl.config import ConfigurationError
+from securefl.engines.inprocess import Answering
 
 _LENGTH = struct.Struct("<Q")
 
@@ -37,6 +38,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     session: bytes
     folder: str
     threads: int
+    own: str = ""
+    """The folder with each site's own folder in it, where sites have one."""
 
 
 class Keys(msgspec.Struct, frozen=True, tag=True):
@@ -102,6 +105,7 @@ class Workers:
         sites: tuple[str, ...],
         session: bytes,
         folder: Path,
+        own: Path | None = None,
     ) -> None:
         count = min(experiment.engine.workers, len(sites))
         self._deadline = experiment.engine.deadline
@@ -124,7 +128,8 @@ class Workers:
         for i, process in enumerate(self._processes):
             threading.Thread(target=self._listen, args=(i, process.stdout), daemon=True).start()
             threading.Thread(target=self._speak, args=(i, process.stdin), daemon=True).start()
-            start = Start(experiment.dump(), sites[i::count], session, str(folder), threads)
+            held, kept = str(own.absolute()) if own else "", str(folder)
+            start = Start(experiment.dump(), sites[i::count], session, kept, threads, held)
             self._post(i, start)
         self.roster = self._enrol()
 
@@ -234,12 +239,23 @@ def _serve(receive: IO[bytes], send: IO[bytes]) -> None:
         experiment = config.parse(start.experiment)
         keys = {site: SigningKey(os.urandom) for site in start.sites}
         consortium = simulation.assemble(experiment)
-        _send(send, Keys({site: key.public for site, key in keys.items()}))
+        clients: dict[str, Answering] = {}
+        public = {site: key.public for site, key in keys.items()}
+        if start.own:
+            gates = {
+                site: simulation.gate(
+                    Path(start.own) / site, consortium.sites[site], Path(start.folder) / site
+                )
+                for site in start.sites
+            }
+            public = {site: gate.public_key for site, gate in gates.items()}
+            clients |= gates
+        _send(send, Keys(public))
         known = _receive(receive)
         if not isinstance(known, Keys):
             return
         roster = Roster(known.keys)
-        clients = {
+        clients = clients or {
             site: simulation.client(
                 experiment,
                 consortium.sites[site],
