@@ -388,7 +388,7 @@ class Asked:
                 "itself, and learn what masks would hide from it."
             )
         others = ", ".join(sorted(known - {self.site.name})) or "nobody's yet"
-        return f"{told} Only sites whose key this site knows may ({others})."
+        return f"{told} Only sites whose key this site knows may take part ({others})."
 
     def _told_model(self) -> str:
         model = f"{self.experiment.model.name}, {_many(self.parameters, 'parameter')}."
@@ -466,8 +466,8 @@ class Asked:
         taken = max(0.0, known.after - known.spent)
         told = (
             f"Epsilon {words.rounded_up(known.spent)} of {known.epsilon:g} (delta "
-            f"{self.site.budget.delta:g}, counted in {unit}s) is spent. This run takes up to "
-            f"{words.rounded_up(taken)} more"
+            f"{self.site.budget.delta:g}, counted in {unit}s) is spent. Counted so that it holds "
+            f"whatever runs come later, this run takes up to {words.rounded_up(taken)} more"
         )
         if known.after > known.epsilon:
             return (
