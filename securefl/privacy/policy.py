@@ -91,11 +91,20 @@ def _rules(
     yield from _of_records(site, experiment, today)
     yield from _of_code(site, experiment)
     yield from _of_protocol(site, experiment, sites)
-    plan = agreement.plan(experiment, sites, dimension)
+    plan = _plan(experiment, sites, dimension)
     if plan is not None:
         noise, least = noise_multiplier(plan), site.policy.minimum_noise
         yield _Rule("policy.minimum_noise", noise < least, f"{noise:.4g}", f"at least {least:g}")
     agreement.encoding(experiment, sites, plan)
+
+
+def _plan(experiment: Experiment, sites: int, dimension: int) -> Plan | None:
+    try:
+        return agreement.plan(experiment, sites, dimension)
+    except ConfigurationError:
+        raise
+    except (ValueError, ArithmeticError) as error:  # numbers that no noise can serve
+        raise ConfigurationError(f"privacy: {error}") from None
 
 
 def _of_promise(site: Site, experiment: Experiment) -> Iterator[_Rule]:
@@ -379,7 +388,7 @@ class Asked:
                 "itself, and learn what masks would hide from it."
             )
         others = ", ".join(sorted(known - {self.site.name})) or "nobody's yet"
-        return f"{told} Only sites whose key this site knows may ({others})."
+        return f"{told} Only sites whose key this site knows may take part ({others})."
 
     def _told_model(self) -> str:
         model = f"{self.experiment.model.name}, {_many(self.parameters, 'parameter')}."
@@ -457,8 +466,8 @@ class Asked:
         taken = max(0.0, known.after - known.spent)
         told = (
             f"Epsilon {words.rounded_up(known.spent)} of {known.epsilon:g} (delta "
-            f"{self.site.budget.delta:g}, counted in {unit}s) is spent. This run takes up to "
-            f"{words.rounded_up(taken)} more"
+            f"{self.site.budget.delta:g}, counted in {unit}s) is spent. Counted so that it holds "
+            f"whatever runs come later, this run takes up to {words.rounded_up(taken)} more"
         )
         if known.after > known.epsilon:
             return (
@@ -503,7 +512,7 @@ def asked(
     ledger: the site's; without one, or where it does not know the data set yet, as for a budget of
     which nothing is spent. Raises ConfigurationError where it cannot be run, or cannot be counted.
     """
-    plan = agreement.plan(experiment, sites, dimension)
+    plan = _plan(experiment, sites, dimension)
     budget = None
     if plan is not None and experiment.privacy is not None:
         unit, per_round, rounds = experiment.privacy.unit, _per_round(plan), _rounds(experiment)

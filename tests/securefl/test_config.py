@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from securefl.config import ConfigurationError, Experiment, load, parse
+from securefl.config import ConfigurationError, Experiment, load, load_site, parse, parse_site
 
 PLAN = "[privacy]\nepsilon = 1.0\ndelta = 1e-3\nrate = 0.1\nexpected_batch = 8\n"
 SHARED = PLAN + 'noise = "distributed"\n'
@@ -343,3 +343,79 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content, telling):
     assert str(file) in str(caught.value)
     assert telling in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- a site --------------------------------------------------------------------------------------
+
+NORTH = """version = 1
+name = "north"
+[data]
+id = "cardiology"
+purpose = "predict relapse"
+[budget]
+unit = "record"
+epsilon = 3.0
+delta = 1e-5
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "telling"),
+    [
+        ("", ["version is missing"]),
+        (NORTH.replace("version = 1", "version = 2"), ["version = 2", "choose 1"]),
+        (NORTH.replace("budget", "bugdet"), ["'bugdet'", "did you mean 'budget'?"]),
+        (NORTH.replace('purpose = "predict relapse"\n', ""), ["data.purpose is missing"]),
+        (NORTH.replace("predict", "predict\\n"), ["data.purpose", "one line"]),
+        (NORTH.replace("predict", "predict\\u001b[2J"), ["data.purpose", "one line"]),
+        (NORTH.replace('"record"', '"persons"'), ["budget.unit = 'persons'", "'person'"]),
+        (NORTH.replace('"record"', '"person"'), ["data.person ="]),
+        (NORTH.replace("epsilon = 3.0", "epsilon = inf"), ["budget.epsilon = inf"]),
+        (NORTH + "[policy]\nmax_epsilon = 1", ["did you mean 'policy.maximum_epsilon'?"]),
+        (NORTH + "[policy]\nmaximum_epsilon = 4", ["above budget.epsilon = 3", "leave it out"]),
+        (NORTH + "[policy]\nmaximum_delta = 1e-4", ["above budget.delta = 1e-05"]),
+        (NORTH + '[policy]\nunits = ["person"]', ["cannot count", 'use "record" or "site"']),
+        (NORTH + '[policy]\nprotocols = ["ckks"]', ["policy.protocols.0 = 'ckks'", "secagg"]),
+        (NORTH + '[policy]\nprivacy = "off"', ["policy.privacy = 'off'", "optional"]),
+        (NORTH + '[policy]\nconsent = "never"', ["policy.consent = 'never'", "standing"]),
+        (NORTH + "[policy]\nminimum_cohort = 1", ["policy.minimum_cohort = 1", "2"]),
+        (NORTH + "[policy]\nallow_not_private = 1", ["policy.allow_not_private = 1"]),
+        (NORTH + '[policy]\ntranscript_until = "soon"', ["policy.transcript_until = 'soon'"]),
+        (NORTH + '[policy.callables]\n"a:b" = "12"', ["policy.callables.a:b", "64 hexadecimal"]),
+        (NORTH + '[policy.callables]\n"a" = "12"', ["policy.callables"]),
+        (NORTH + '[consortium]\nsouth = "XY"', ["consortium.south", "64 hexadecimal"]),
+        (
+            NORTH + f'[consortium]\nsouth = "{"0" * 64}"\neast = "{"0" * 64}"',
+            ["one key for two sites"],
+        ),
+        ("x = " + "[" * 5000, ["not valid TOML"]),
+        ("x = " + "9" * 5000, ["not valid TOML"]),
+    ],
+)
+def test_a_sites_mistake_is_one_line(text: str, telling: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_site(text, origin="site.toml")
+    assert str(caught.value).startswith("site.toml")
+    assert "\n" not in str(caught.value)
+    for part in telling:
+        assert part in str(caught.value)
+
+
+def test_a_site_is_a_frozen_value_whose_defaults_are_the_safe_ones(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(NORTH.replace("[budget]", 'path = "rows.csv"\n[budget]'))
+    site = load_site(path)
+    assert site.data.path == tmp_path / "rows.csv"
+    policy = site.policy
+    assert (policy.privacy, policy.consent, policy.graph) == ("required", "each-run", "complete")
+    assert not policy.unknown_sites
+    assert not policy.record_counts
+    assert not policy.canaries
+    assert not policy.allow_not_private
+    assert policy.transcript_until is None
+    assert policy.callables == {}
+    assert set(policy.protocols) == {"masked-bfv", "secagg"}
+    with pytest.raises(ValueError, match="frozen"):
+        site.policy.privacy = "optional"
+    with pytest.raises(ConfigurationError, match="cannot read"):
+        load_site(tmp_path / "none.toml")

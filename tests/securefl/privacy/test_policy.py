@@ -251,6 +251,9 @@ def test_several_broken_rules_all_show_and_what_cannot_run_still_names_them() ->
     assert one.rule == "policy.maximum_delta"
     with pytest.raises(ConfigurationError, match="too small to train"):
         policy.check(site, proposed(*PLAN, "privacy.epsilon=1e-6"), 4, PARAMETERS, TODAY)
+    hopeless = ("privacy.unit=site", "privacy.epsilon=1e-300", "privacy.delta=1e-12")
+    with pytest.raises(ConfigurationError, match="privacy: no noise reaches"):
+        policy.broken(site, proposed(*hopeless), 4, PARAMETERS, TODAY)
 
 
 def test_the_day_named_by_transcript_until_is_the_last() -> None:
