@@ -872,11 +872,12 @@ def _filtered(total: Curve, budget: Registered, order: float) -> float:
     The filter needs bounds that are fixed beforehand, one on the moments and one on what is charged
     to delta. Were delta shared out by what a path of runs happened to use, P's mass of slips could
     come from one path and the moments from another, and delta could be exceeded by all slips.
+    Distances count e^epsilon times, at the budget; where that is beyond reason, at what was spent.
     """
-    inexact = total.slip + (1 + math.exp(min(budget.epsilon, 700.0))) * total.distance
-    if inexact > SET_ASIDE * budget.delta:
-        return math.inf
-    return _exact(total).epsilon((1 - SET_ASIDE) * budget.delta, order)
+    epsilon = _exact(total).epsilon((1 - SET_ASIDE) * budget.delta, order)
+    at = min(budget.epsilon, max(epsilon, 30.0), 700.0)
+    inexact = total.slip + (1 + math.exp(at)) * total.distance
+    return epsilon if inexact <= SET_ASIDE * budget.delta else math.inf
 
 
 def _exact(curve: Curve) -> Curve:

@@ -185,6 +185,16 @@ def test_slips_have_a_share_of_delta_of_their_own(folder: Path):
     assert run_of(ledger, BROAD, run="run-3").rounds_left() > 0  # its share is as it was
 
 
+def test_a_budget_beyond_reason_is_no_trap(folder: Path):
+    # Distances count e^epsilon times: at such a budget that is more than any number.
+    ledger = registered(folder, 1e5)
+    event = PoissonDiscreteGaussianSum(40.0, 3, 20.0, 50, 0.2)
+    account = run_of(ledger, event)
+    account.charge(1)
+    assert 0 < ledger.epsilon("cohort") < 30
+    assert account.rounds_left() > 10
+
+
 def test_a_charge_beyond_the_budget_changes_nothing(folder: Path):
     ledger = registered(folder, 0.6)
     account = run_of(ledger, BROAD)
