@@ -850,13 +850,15 @@ KILLED = """
 import os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from securefl import config, runs
+import opacus
+from securefl import config, runs, simulation
 from securefl.privacy import training
 import securefl.report
 
 torch.set_num_threads(1)
 folder, file, log, seed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 experiment, rng = config.load(file), random.Random(seed)
+simulation.assemble(experiment)  # what every child would load and calibrate again
 
 def logged(real):
     def logging(self, *arguments):
