@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from msgspec import structs
 
 from protocols.errors import MalformedMessageError
-from securefl import config, store
+from securefl import config, runs, store
 from securefl.config import ConfigurationError
 from securefl.messages import Answer, Refusal, Request, parse_reply, printable
-from securefl.runs import RunFailedError, resume, run
+from securefl.runs import RunFailedError, resume
 from securefl.store import CorruptStoreError, SiteStore
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
 
 PLAN = """
 [privacy]

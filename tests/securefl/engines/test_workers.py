@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from securefl import runs
 from securefl.config import ConfigurationError, Engine
 from securefl.engines.workers import Workers
 from securefl.messages import Request
 from securefl.records import read_history
-from securefl.runs import resume, run
+from securefl.runs import resume
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
 
 
 def workers() -> list[int]:
