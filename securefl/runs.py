@@ -110,6 +110,7 @@ def run(
     sites: Path | None = None,
     exchange: Wrap | None = None,
     clients: Mapping[str, Replace] | None = None,
+    report: bool = True,
 ) -> Run:
     """Run `experiment` into `directory`, by default runs/NAME-YYYYMMDD-HHMMSS.
 
@@ -119,11 +120,13 @@ def run(
     `exchange` wraps what carries messages and `clients` replaces sites: the one seam through which
     tests and attacks put an active server or a malicious site. Raises ConfigurationError for what
     cannot be run, before anything is written, and RunFailedError for a run that cannot go on.
+    Without `report` no report.html is drawn, which takes most of the time of a short run;
+    `report.write_report` makes it at any time.
     """
     if experiment.data.path is not None:  # so that the run can be resumed from anywhere
         data = experiment.data.model_copy(update={"path": experiment.data.path.absolute()})
         experiment = experiment.model_copy(update={"data": data})
-    job = _Job(experiment, progress or _Silent(), exchange, clients or {}, sites)
+    job = _Job(experiment, progress or _Silent(), exchange, clients or {}, sites, report)
     folder = _new_folder(experiment.name) if directory is None else Path(directory)
     with store.exclusive(folder):
         if (folder / EXPERIMENT).exists():
@@ -165,8 +168,10 @@ class _Job:
         wrap: Wrap | None,
         replaced: Mapping[str, Replace],
         sites: Path | None = None,
+        report: bool = True,
     ) -> None:
         self.experiment = experiment
+        self.report = report
         self.progress = progress
         self.wrap = wrap
         self.replaced = replaced
@@ -474,9 +479,10 @@ class _Job:
         summary = self._summary(folder, state, records, last_round, stopped)
         self._write_model(folder, state)
         store.write(folder / SUMMARY, msgspec.json.format(summary.to_json()).encode() + b"\n")
-        from securefl.report import write_report
+        if self.report:
+            from securefl.report import write_report
 
-        write_report(folder)
+            write_report(folder)
         return Run(folder, summary)
 
     def _write_model(self, folder: Path, state: GlobalState) -> None:

@@ -22,14 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Final, final
+from functools import lru_cache, reduce
+from typing import Any, Final, final
 
-import dp_accounting
 import numpy as np
-from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 from protocols.noise import CUT, LEAST_ROUNDED_VARIANCE, DiscreteGaussian, divergence_from_rounded
 
@@ -170,29 +168,31 @@ def least(cost: Callable[[float], float], target: float, low: float, high: float
     Doubles `high` until it is enough; raises ValueError when even 2^20 * high is not.
     Preconditions: 0 < low < high, target > 0.
     """
-    ceiling, dear = high * (1 << 20), math.inf
-    while (cheap := cost(high)) > target:
-        low, high, dear = high, high * 2, cheap
+    ceiling = high * (1 << 20)
+    while (found := cost(high)) > target:
+        low, high = high, high * 2
         if high > ceiling:
             raise ValueError(f"no noise reaches epsilon {target:g}")
-    nudge, steps = 1.0, 0
+    # The secant in logarithms from the last two costs, a little to the side that is still far off;
+    # from the first one alone, as if the cost fell with the square. Where a cost has no logarithm,
+    # and every fourth time, it is halving, whatever the curve.
+    last, dear, slope, nudge, steps = high, found, -2.0, 1.0, 0
     while high > low * 1.001:
-        # The secant in logarithms, a little to the side that is still far off; with one point, as
-        # if the cost were in inverse proportion. Every fourth step halves, whatever the curve.
         steps += 1
-        if steps % 4 == 0 or cheap == 0:
-            middle = math.sqrt(low * high)
-        elif dear < math.inf:
-            share = math.log(dear / target) / math.log(dear / cheap)
-            middle = low * (high / low) ** share * nudge
+        if steps % 4 and 0 < found < math.inf:
+            middle = last * (target / dear) ** (1 / slope) * nudge
+            middle = min(max(middle, low * 1.0004), high / 1.0004)
         else:
-            middle = high * cheap / target * 0.999
-        middle = min(max(middle, low * 1.0004), high / 1.0004)
+            middle = math.sqrt(low * high)
         found = cost(middle)
         if found <= target:
-            high, cheap, nudge = middle, found, 0.9994
+            high, nudge = middle, 0.9996
         else:
-            low, dear, nudge = middle, found, 1.0004
+            low, nudge = middle, 1.0004
+        if 0 < found < math.inf:
+            if 0 < dear < math.inf and found != dear:
+                slope = min(math.log(found / dear) / math.log(middle / last), -0.1)
+            last, dear = middle, found
     return high
 
 
@@ -244,12 +244,14 @@ def _cost(spent: tuple[Repeated, ...], delta: float) -> Cost:
 
 def _solve(curve: Callable[[float], float], delta: float, distance: float) -> float:
     """The least epsilon >= curve(delta - (1 + e^epsilon) distance), found from below; else inf."""
-    found = 0.0
+    found = before = 0.0
     for _ in range(100):
         left = delta - (1 + math.exp(min(found, 700.0))) * distance
         if left <= 0:
             return math.inf
-        needed = curve(left)
+        if left == before:
+            return found
+        needed, before = curve(left), left
         if needed <= found:
             return found
         found = needed * (1 + 1e-9)
@@ -303,14 +305,34 @@ def _distance_from_rounded(spent: Iterable[Repeated]) -> float:
 def _by_loss_distributions(spent: tuple[Repeated, ...]) -> Callable[[float], float]:
     """Epsilon as a function of delta, with a continuous Gaussian in each event's place."""
     gaussians = sorted((*_gaussian(r.event), r.times) for r in spent)
-    # Any interval gives an upper bound. Where the noise is small and the rate is not, losses are
-    # large, and a tenfold coarser grid costs less than 1e-3 of epsilon and is ten times as fast.
-    fine = any(multiplier > 2 or rate < 0.02 for multiplier, rate, _ in gaussians)
-    losses = PLDAccountant(value_discretization_interval=1e-4 if fine else 1e-3)
-    for multiplier, rate, times in gaussians:
-        gaussian = dp_accounting.GaussianDpEvent(multiplier)
-        losses.compose(dp_accounting.PoissonSampledDpEvent(rate, gaussian), times)
-    return lambda delta: float(losses.get_epsilon(delta))
+    # Without sampling, many Gaussians are one.
+    gaussians = [(m / math.sqrt(n), q, 1) if q == 1 else (m, q, n) for m, q, n in gaussians]
+    interval = min(_interval(multiplier, rate) for multiplier, rate, _ in gaussians)
+    losses = reduce(
+        lambda ours, theirs: ours.compose(theirs),
+        (_loss(m, q, interval).self_compose(n) for m, q, n in gaussians),
+    )
+    return lambda delta: float(losses.get_epsilon_for_delta(delta))
+
+
+def _interval(multiplier: float, rate: float) -> float:
+    """The grid on which one step's loss is rounded: any gives an upper bound.
+
+    A thirtieth of the loss's deviation, about rate * sqrt(e^(1 / multiplier^2) - 1), costs 1e-4 of
+    epsilon; where losses are large, so does a coarser grid.
+    """
+    deviation = rate * math.sqrt(math.expm1(min(multiplier**-2, 100.0)))
+    return min(max(deviation / 30, 2e-5), max(5e-3, 2.5e-4 / multiplier**2))
+
+
+@lru_cache(maxsize=16)
+def _loss(multiplier: float, rate: float, interval: float) -> Any:
+    """The loss distribution of one step (Doroshenko et al. 2022: never below the true curve)."""
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(
+        multiplier, value_discretization_interval=interval, sampling_prob=rate
+    )
 
 
 def _gaussian(event: Event) -> tuple[float, float]:
@@ -433,14 +455,26 @@ def _sampled(multiplier: float, rate: float) -> NDArray[np.float64]:
     orders = _ORDERS.astype(np.float64)
     if rate == 1:
         return (orders**2 - orders) / (2 * multiplier**2)
-    moments = np.zeros(len(orders))
-    for i, a in enumerate(orders):
-        k = np.arange(a + 1)
-        terms = gammaln(a + 1) - gammaln(k + 1) - gammaln(a - k + 1)
-        terms += (a - k) * math.log1p(-rate) + k * math.log(rate)
-        moments[i] = logsumexp(terms + (k * k - k) / (2 * multiplier**2))
+    rest, k, starts, binomials = _terms()
+    terms = binomials + rest * math.log1p(-rate) + k * math.log(rate)
+    terms += (k * k - k) / (2 * multiplier**2)
+    largest = np.maximum.reduceat(terms, starts)
+    terms -= np.repeat(largest, _ORDERS + 1)
+    moments = largest + np.log(np.add.reduceat(np.exp(terms, out=terms), starts))
     moments[0] = 0.0
-    return np.maximum(moments, 0.0)
+    return np.asarray(np.maximum(moments, 0.0), dtype=np.float64)
+
+
+@lru_cache(maxsize=1)
+def _terms() -> tuple[
+    NDArray[np.float64], NDArray[np.float64], NDArray[np.intp], NDArray[np.float64]
+]:
+    """The terms k = 0..a of all orders a in one row: a - k, k, each order's first, log C(a, k)."""
+    starts = (np.cumsum(_ORDERS + 1) - (_ORDERS + 1)).astype(np.intp)
+    a = np.repeat(_ORDERS, _ORDERS + 1)
+    k = np.arange(len(a)) - np.repeat(starts, _ORDERS + 1)
+    binomials: NDArray[np.float64] = gammaln(a + 1) - gammaln(k + 1) - gammaln(a - k + 1)
+    return (a - k).astype(np.float64), k.astype(np.float64), starts, binomials
 
 
 def _sum_of_shares(deviation: float, shares: int) -> float:

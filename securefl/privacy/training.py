@@ -1,4 +1,4 @@
-"""Local training, and what a site gives under a plan. The only user of Opacus.
+"""Local training, and what a site gives under a plan.
 
 Opacus computes per-sample gradients. Clipping happens in integers (`integers.clipped_sum`), so that
 a record's bound is exact and no low-order bit of a float leaks. Sampling and noise are drawn from a
@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus import GradSampleModule
-from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.noise import DiscreteGaussian
@@ -59,7 +57,10 @@ class Trainer:
         # Losses are summed; who uses the sum divides by the public expected batch.
         self._sampled = None
         if isinstance(plan, RecordLocal | RecordDistributed):
-            self._sampled = _PerSampleGradients(module, loss_reduction="sum")
+            # Opacus is slow to import, and only these plans need it.
+            from securefl.privacy.gradients import PerSampleGradients
+
+            self._sampled = PerSampleGradients(module, loss_reduction="sum")
 
     def update(
         self,
@@ -257,41 +258,6 @@ class Trainer:
             )
             for part in each
         ]
-
-
-class _PerSampleGradients(GradSampleModule):  # type: ignore[misc]
-    """Opacus's, keeping a layer's gradients as they come: it would copy them into zeros first."""
-
-    def capture_backprops_hook(
-        self,
-        module: torch.nn.Module,
-        _forward_input: torch.Tensor,
-        forward_output: torch.Tensor,
-        loss_reduction: str,
-        batch_first: bool,
-    ) -> None:
-        """Set `grad_sample` of the parameters of `module`; Opacus adds up those used repeatedly."""
-        once = all(
-            getattr(parameter, "_forward_counter", 0) == 1  # not tied to another layer
-            and not hasattr(parameter, "_current_grad_sample")
-            for parameter in module.parameters()
-        )
-        if not once:
-            super().capture_backprops_hook(
-                module, _forward_input, forward_output, loss_reduction, batch_first
-            )
-            return
-        activations, backprops = self.rearrange_grad_samples(
-            module=module,
-            backprops=forward_output[0].detach(),
-            loss_reduction=loss_reduction,
-            batch_first=batch_first,
-        )
-        gradients = self.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
-        for parameter, each in gradients(module, activations, backprops).items():
-            parameter.grad_sample = each
-            parameter._forward_counter = 0
-        del module.max_batch_len
 
 
 def _batches(records: int, size: int, seed: Seed) -> Iterator[NDArray[np.int64]]:

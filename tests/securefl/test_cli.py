@@ -85,15 +85,19 @@ def plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return name
 
 
-def test_help_lists_the_commands_without_loading_torch() -> None:
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--help", ("demo", "run", "report", "show")), ("--version", ("securefl",))],
+)
+def test_help_and_version_do_not_load_torch(option: str, said: tuple[str, ...]) -> None:
     program = (
         "import sys\n"
-        "sys.argv = ['securefl', '--help']\n"
+        f"sys.argv = ['securefl', '{option}']\n"
         "from securefl.cli import main\n"
         "try:\n"
         "    main()\n"
         "finally:\n"
-        "    heavy = {'torch', 'matplotlib', 'tenseal', 'opacus', 'sklearn', 'pandas'}\n"
+        "    heavy = {'torch', 'matplotlib', 'tenseal', 'opacus', 'scipy', 'sklearn', 'pandas'}\n"
         "    print('loaded:', sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run(
@@ -101,7 +105,7 @@ def test_help_lists_the_commands_without_loading_torch() -> None:
     )
     assert done.returncode == 0
     assert "loaded: []" in done.stdout
-    for name in ("demo", "run", "report", "show"):
+    for name in said:
         assert name in done.stdout
 
 

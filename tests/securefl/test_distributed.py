@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from protocols.bitpacking import unpack
 from protocols.encoding import Aggregate, Integers
 from protocols.messages import Upload
 from protocols.rounds import make_identities
-from securefl import agreement, config, models, simulation
+from securefl import agreement, config, models, runs, simulation
 from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.engines import inprocess
@@ -26,10 +27,13 @@ from securefl.messages import Answer, Refusal, Request
 from securefl.privacy.plan import Observer, RecordDistributed, SiteDistributed
 from securefl.privacy.training import Trainer
 from securefl.records import read_history
-from securefl.runs import MEAN_ACCURACY, RunFailedError, Wrap, resume, run
+from securefl.runs import MEAN_ACCURACY, RunFailedError, Wrap, resume
 from securefl.server import Server
 from securefl.state import apply, first_state
 from securefl.store import SiteStore
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
 
 SECURE = pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
 UNITS = pytest.mark.parametrize("unit", ["record", "person", "site"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from protocols.errors import MalformedMessageError, ProtocolError, RefusedError
 from protocols.rounds import make_identities
-from securefl import config, replicas, store
+from securefl import config, replicas, runs, store
 from securefl.config import Experiment
 from securefl.messages import Answer, Refusal, Request, parse_reply
 from securefl.records import read_history
@@ -30,9 +31,12 @@ from securefl.replicas import (
     Report,
     Standing,
 )
-from securefl.runs import RunFailedError, resume, run
+from securefl.runs import RunFailedError, resume
 from securefl.state import GlobalState
 from securefl.store import CorruptStoreError
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
 
 AGREED = bytes(range(32))
 SESSION = b"session of tests"

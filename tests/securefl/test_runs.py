@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from securefl.config import ConfigurationError, Experiment
 from securefl.evaluation import evaluate
 from securefl.messages import Request
 from securefl.records import Summary, read_history
-from securefl.report import words
+from securefl.report import words, write_report
 from securefl.runs import RunFailedError, resume, run
 from securefl.state import GlobalState
 from securefl.store import CorruptStoreError, SiteStore
@@ -40,6 +41,9 @@ def demo(*overrides: str) -> Experiment:
     return config.parse(text, overrides, origin="demo.toml")
 
 
+bare_run = partial(run, report=False)  # a report's plots take most of a short run's time
+
+
 def weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "model.safetensors")
 
@@ -49,7 +53,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 @ALL
 def test_a_classifier_is_trained_privately_on_real_patients(tmp_path, protocol):
-    done = run(
+    done = bare_run(
         demo("rounds=8", f"protocol.name={protocol}", "pruning.last_round=6"), tmp_path / "r"
     )
     summary = done.summary
@@ -84,7 +88,7 @@ def test_the_upload_of_a_pruned_cnn_is_nine_times_smaller(tmp_path):
         schedule = "one-shot"
         """
     )
-    done = run(experiment, tmp_path / "run")
+    done = bare_run(experiment, tmp_path / "run")
     first, last = read_history(done.directory).rounds
     assert first.parameters == done.summary.parameters
     assert last.parameters == pytest.approx(0.1 * done.summary.parameters, abs=1)
@@ -112,7 +116,7 @@ def test_a_cnn_learns_digits(tmp_path):
         last_round = 8
         """
     )
-    assert run(experiment, tmp_path / "run").summary.metric["test_accuracy"] > 0.8
+    assert bare_run(experiment, tmp_path / "run").summary.metric["test_accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -131,7 +135,7 @@ def test_the_average_of_the_weights_is_what_a_run_evaluates_and_gives_out(small,
         "training.learning_rate=1.0",
         *(["pruning.sparsity=0.5"] if pruned else []),
     )
-    done = run(experiment, tmp_path / "run", progress=Watching())
+    done = bare_run(experiment, tmp_path / "run", progress=Watching())
     expected = np.mean([state.weights for state in seen[1:]], axis=0, dtype=np.float64)
     trained = weights(done.directory)
     given = np.concatenate([trained[name].ravel() for name in ("0.weight", "0.bias")])
@@ -166,7 +170,7 @@ def test_a_regression_beats_predicting_the_mean(tmp_path, protocol):
         name = "{protocol}"
         """
     )
-    metric = run(experiment, tmp_path / "run").summary.metric
+    metric = bare_run(experiment, tmp_path / "run").summary.metric
     target = simulation.assemble(experiment).test.target.astype(np.float64)
     mean_alone = float(target.var()) * ((346 - 25) / 2) ** 2
     assert metric["test_mse"] < 0.8 * mean_alone
@@ -200,7 +204,7 @@ tolerance = 1e-3
 @BOTH
 def test_the_line_of_every_tutorial_is_found_and_the_run_stops_by_itself(line, tmp_path, protocol):
     experiment = config.parse(LINE.format(path=line, protocol=protocol))
-    done = run(experiment, tmp_path / "run")
+    done = bare_run(experiment, tmp_path / "run")
     assert done.summary.stopped == "converged"
     assert done.summary.rounds < 200
     assert done.summary.sites == ("a", "b", "c")
@@ -218,7 +222,7 @@ def test_both_algorithms_learn(small, tmp_path, algorithm):
         "pruning.sparsity=0.5",
         "pruning.last_round=10",
     )
-    assert run(experiment, tmp_path / "run").summary.metric["test_auc"] > 0.9
+    assert bare_run(experiment, tmp_path / "run").summary.metric["test_auc"] > 0.9
 
 
 # --- the same under every protocol ---------------------------------------------------------------
@@ -235,7 +239,7 @@ def test_all_protocols_end_with_identical_weights(small, private, tmp_path, plan
     )
     models_ = {
         (
-            run(small(*overrides, f"protocol.name={name}"), tmp_path / name).directory
+            bare_run(small(*overrides, f"protocol.name={name}"), tmp_path / name).directory
             / "model.safetensors"
         ).read_bytes()
         for name in PROTOCOLS
@@ -264,7 +268,7 @@ def test_a_model_that_only_the_sites_hold_is_the_same_bit_for_bit(
             *(f"aggregation.weights.site-{i}={i}" for i in (1, 2, 3)),
             "stopping.tolerance=1e-9",
         )
-        folder = run(experiment, tmp_path / reveal).directory
+        folder = bare_run(experiment, tmp_path / reveal).directory
         lines = [
             (r.update, r.metrics, r.epsilon, r.parameters, r.sparsity, r.survivors)
             for r in read_history(folder).rounds
@@ -277,7 +281,7 @@ def test_a_model_that_only_the_sites_hold_is_the_same_bit_for_bit(
 def test_a_run_that_converges_stops_by_what_the_sites_tell(line, tmp_path):
     text = LINE.format(path=line, protocol="masked-bfv")
     done = [
-        run(
+        bare_run(
             config.parse(text, [f"protocol.reveal={reveal}", "not_private_seed=1"]),
             tmp_path / reveal,
         )
@@ -341,7 +345,7 @@ def test_several_sites_open_where_the_experiment_says_so(small, tmp_path, protoc
 
         return watched
 
-    run(experiment, tmp_path / "run", exchange=watch)
+    bare_run(experiment, tmp_path / "run", exchange=watch)
     assert asked == [openers, openers]
 
 
@@ -353,13 +357,15 @@ def test_experiments_are_masked_and_encrypted_unless_they_say_otherwise(tmp_path
 @ALL
 def test_two_sites_are_enough_where_no_site_is_expected_to_collude(small, tmp_path, protocol):
     overrides = (f"protocol.name={protocol}", "sites.count=2", "protocol.colluding_sites=0")
-    (record,) = read_history(run(small(*overrides, "rounds=1"), tmp_path / "run").directory).rounds
+    (record,) = read_history(
+        bare_run(small(*overrides, "rounds=1"), tmp_path / "run").directory
+    ).rounds
     assert record.survivors == ("site-1", "site-2")
 
 
 def test_a_seeded_run_is_the_same_again_and_another_seed_is_not(small, private, tmp_path):
     made = [
-        weights(run(small(*private, f"not_private_seed={s}"), tmp_path / str(i)).directory)
+        weights(bare_run(small(*private, f"not_private_seed={s}"), tmp_path / str(i)).directory)
         for i, s in enumerate((1, 1, 2))
     ]
     for name, value in made[0].items():
@@ -368,7 +374,9 @@ def test_a_seeded_run_is_the_same_again_and_another_seed_is_not(small, private, 
 
 
 def test_a_run_that_is_not_seeded_draws_new_noise(small, private, tmp_path):
-    first, second = (weights(run(small(*private), tmp_path / str(i)).directory) for i in range(2))
+    first, second = (
+        weights(bare_run(small(*private), tmp_path / str(i)).directory) for i in range(2)
+    )
     for name, value in first.items():
         assert not np.array_equal(value, second[name])
 
@@ -420,7 +428,7 @@ def test_the_weighted_mean_of_unequal_sites_is_as_computed_by_hand(
     }[weighting]
     total = sum(weight.values())
     expected = sum(weight[site] * vector for site, (_, vector) in made.items()) / total
-    done = run(experiment, tmp_path / "run")
+    done = bare_run(experiment, tmp_path / "run")
     module = models.build(experiment.model, (30,), 2, 0)
     names = models.layout(module).names
     found = np.concatenate([weights(done.directory)[name].ravel() for name in names])
@@ -511,6 +519,13 @@ def test_a_run_is_never_written_over_another(small, tmp_path):
 
 
 # --- the run directory ---------------------------------------------------------------------------
+
+
+def test_a_report_may_be_left_out_and_made_later(small, private, tmp_path):
+    folder = bare_run(small(*private, "rounds=1"), tmp_path / "run").directory
+    assert (folder / "summary.json").exists()
+    assert not (folder / "report.html").exists()
+    assert write_report(folder).read_text().startswith("<!DOCTYPE html>")
 
 
 def test_a_run_directory_holds_everything(small, private, tmp_path):
@@ -850,13 +865,15 @@ KILLED = """
 import os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from securefl import config, runs
+import opacus
+from securefl import config, runs, simulation
 from securefl.privacy import training
 import securefl.report
 
 torch.set_num_threads(1)
 folder, file, log, seed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 experiment, rng = config.load(file), random.Random(seed)
+simulation.assemble(experiment)  # what every child would load and calibrate again
 
 def logged(real):
     def logging(self, *arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType, ModuleType
 
 import numpy as np
@@ -26,13 +27,16 @@ from protocols.messages import (
     SharedSecrets,
     Upload,
 )
-from securefl import agreement
+from securefl import agreement, runs
 from securefl.messages import Answer, Refusal, Request, parse_reply
 from securefl.records import read_history
-from securefl.runs import RunFailedError, run
+from securefl.runs import RunFailedError
 from securefl.server import Server
 from securefl.state import GlobalState
 from securefl.store import SiteStore
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
 
 ALL = pytest.mark.parametrize("protocol", list(PROTOCOLS))
 

@@ -96,6 +96,55 @@ def test_the_calibrated_noise_meets_the_target_and_hardly_more(target, rate, ste
     assert continuous(noise * 0.995, rate, steps, 1e-3) > target
 
 
+@given(
+    st.floats(0.1, 0.9), st.floats(1.001, 50.0), st.floats(0.5, 3.0), st.booleans(), st.booleans()
+)
+def test_the_search_meets_its_target_in_few_evaluations(root, high, power, infinite, free):
+    """Where the cost is infinite just below the root, or nothing above it, as well."""
+    asked = []
+
+    def cost(x: float) -> float:
+        asked.append(x)
+        if x < root and infinite:
+            return math.inf
+        return 0.0 if x >= root and free else (root / x) ** power
+
+    found = accounting.least(cost, 1.0, 0.05, high)
+    assert root * (1 - 1e-12) <= found <= 1.0011 * root
+    assert found in asked
+    assert len(asked) <= 24
+
+
+def test_a_large_epsilon_at_a_low_rate_is_calibrated_with_few_compositions():
+    """Its costs are infinite close to the target, for a distance is charged e^epsilon times."""
+    accounting._cost.cache_clear()
+    noise = accounting.noise_multiplier(45.0, 1e-3, 0.01, 6, 1e-26)
+    assert 0.1 < noise < 0.2
+    assert accounting._cost.cache_info().misses <= 24
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps", "delta"),
+    [(0.8, 0.05, 40, 1e-3), (1.5, 0.01, 1000, 1e-6), (8.0, 0.2, 60, 1e-3), (0.3, 0.05, 10, 1e-3)],
+)
+def test_the_grid_of_losses_costs_less_than_a_thousandth_and_is_never_below(
+    noise, rate, steps, delta
+):
+    fine = accounting._loss(noise, rate, accounting._interval(noise, rate) / 8)
+    true = fine.self_compose(steps).get_epsilon_for_delta(delta)
+    assert true * (1 - 1e-6) <= continuous(noise, rate, steps, delta) <= true * 1.0005
+
+
+def test_without_sampling_many_steps_are_one_gaussian():
+    assert continuous(3.0, 1.0, 9, 1e-5) == continuous(1.0, 1.0, 1, 1e-5)
+    exact = dp_accounting.pld.privacy_loss_distribution.from_gaussian_mechanism(
+        1.0, value_discretization_interval=1e-4
+    )
+    assert continuous(1.0, 1.0, 1, 1e-5) == pytest.approx(
+        exact.get_epsilon_for_delta(1e-5), rel=1e-4
+    )
+
+
 def test_an_unreachable_target_is_refused():
     with pytest.raises(ValueError, match="no noise reaches epsilon"):
         accounting.noise_multiplier(1e-9, 1e-9, 1.0, 10_000)
