@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus import GradSampleModule
 
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.noise import DiscreteGaussian
@@ -57,6 +56,8 @@ class Trainer:
         # Losses are summed; who uses the sum divides by the public expected batch.
         self._sampled = None
         if isinstance(plan, RecordLocal | RecordDistributed):
+            from opacus import GradSampleModule  # slow to import; only these plans need it
+
             self._sampled = GradSampleModule(module, loss_reduction="sum")
 
     def update(
