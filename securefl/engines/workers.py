@@ -235,6 +235,8 @@ def _serve(receive: IO[bytes], send: IO[bytes]) -> None:
     if not isinstance(start, Start):
         return
     torch.set_num_threads(start.threads)
+    # The first optimiser makes torch load its compiler: seconds that no round's deadline has.
+    torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
         experiment = config.parse(start.experiment)
         keys = {site: SigningKey(os.urandom) for site in start.sites}
