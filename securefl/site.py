@@ -191,9 +191,9 @@ class Gate:
     today: the date at the site. tell: takes what only people at the site may read, such as why
     their records do not fit; a server is told no more than that.
 
-    Formal guarantee: until a proposal was accepted `load` is not called, no module that it names is
-    imported, and nothing in the folder changes. The experiment and the roster of a session, and of
-    a run in any session, never change.
+    Formal guarantee: before a proposal that keeps every rule and has its consent, `load` is not
+    called and no module that a proposal names is imported; before it is accepted, the gate writes
+    nothing. The experiment and the roster of a session, and of a run in any session, never change.
     """
 
     def __init__(
@@ -280,8 +280,12 @@ class Gate:
         if experiment.data.path is not None:
             experiment = experiment.model_copy(update={"data": own})
         client = self._client(experiment, identity, proposal)
-        self._consents.use(asked, proposal.run)
-        store.write(self._path(proposal.run), msgspec.json.encode(accepted))
+        try:
+            self._consents.use(asked, proposal.run)
+            store.write(self._path(proposal.run), msgspec.json.encode(accepted))
+        except OSError as error:
+            client.close()
+            raise _UnfitError(f"{self._folder} cannot be written: {error.strerror}") from None
         self._sessions[proposal.session] = hashlib.sha256(data).digest()
         self._current = proposal.session, client
         return experiment.digest()

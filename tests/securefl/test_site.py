@@ -455,6 +455,19 @@ def test_the_records_come_from_where_the_site_says(village: Any, tmp_path: Path)
     assert [experiment.data.path for experiment in seen] == [made.folder / "north" / "records.csv"]
 
 
+def test_a_run_that_cannot_be_written_down_is_not_accepted(village: Any) -> None:
+    made = village()
+    taken = made.folder / "north" / "accepted" / f".{RUN.hex()}.json.partial"
+    taken.mkdir(parents=True)  # where the file would be written first
+    reply = made.ask(made.proposal())
+    assert isinstance(reply, Refusal)
+    assert str(made.folder) not in reply.reason
+    assert "cannot be written" in made.told[-1]
+    refused(made, request(), "accepted no proposal")
+    taken.rmdir()
+    assert isinstance(made.ask(made.proposal()), Answer)  # the first client let go of its store
+
+
 # --- the key -------------------------------------------------------------------------------------
 
 
