@@ -110,12 +110,16 @@ class RecordLocal:
         """What neighbouring data sets differ in."""
         return f"add or remove one {self.unit}"
 
+    @property
+    def event(self) -> accounting.PoissonGaussian:
+        """What one step costs."""
+        distance = integers.hardening_distance(self.deviation, self.dimension + self.counted)
+        return accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
+
     def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`, whoever looks."""
         del observer
-        distance = integers.hardening_distance(self.deviation, self.dimension + self.counted)
-        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
-        steps = accounting.Repeated(step, rounds * self.steps_per_round)
+        steps = accounting.Repeated(self.event, rounds * self.steps_per_round)
         return accounting.cost([steps], self.delta)
 
     def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
