@@ -111,16 +111,17 @@ class RecordLocal:
         return f"add or remove one {self.unit}"
 
     @property
-    def event(self) -> accounting.PoissonGaussian:
-        """What one step costs."""
+    def per_round(self) -> accounting.Repeated:
+        """What one charged round costs, against anyone but the site itself."""
         distance = integers.hardening_distance(self.deviation, self.dimension + self.counted)
-        return accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
+        step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
+        return accounting.Repeated(step, self.steps_per_round)
 
     def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
-        """What `rounds` charged rounds cost at `delta`, whoever looks."""
+        """What `rounds` charged rounds cost at `delta`: against every observer the same."""
         del observer
-        steps = accounting.Repeated(self.event, rounds * self.steps_per_round)
-        return accounting.cost([steps], self.delta)
+        step, times = self.per_round.event, self.per_round.times
+        return accounting.cost([accounting.Repeated(step, rounds * times)], self.delta)
 
     def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
