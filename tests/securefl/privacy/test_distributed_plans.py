@@ -371,5 +371,8 @@ def test_local_noise_covers_the_count_as_well():
     assert fixed.deviation == fixed.noise_multiplier * fixed.units
     assert plan.spent(22) == pytest.approx(fixed.spent(22), rel=1e-3)
     assert plan.spent(22) <= 1.0
+    distance = plan.per_round.event.distance
+    assert distance == integers.hardening_distance(plan.deviation, 501)
+    assert distance > integers.hardening_distance(plan.deviation, 500) > 0
     per_step = plan.deviation / (2 * plan.count * 200)
     assert plan.share_error(5) == pytest.approx(per_step / math.sqrt(10))
