@@ -648,6 +648,7 @@ INSERT = "INSERT INTO entries SELECT ?, body, head FROM entries WHERE number = ?
         ([(DELETE, (4,))], 5),
         ([(DELETE, (1,)), ("UPDATE entries SET number = number - 1", ())], 1),
         ([(MOVE, (100, 7)), (MOVE, (7, 8)), (MOVE, (8, 100))], 7),
+        ([(MOVE, (12, 9))], 12),
         ([(INSERT, (10, 9))], 10),
         ([(INSERT, (0, 9))], 0),
         ([(MOVE, (101, 9)), (MOVE, (9, 8)), (INSERT, (8, 7)), (MOVE, (10, 101))], 8),
