@@ -191,6 +191,7 @@ def test_a_budget_beyond_reason_is_no_trap(folder: Path):
     event = PoissonDiscreteGaussianSum(40.0, 3, 20.0, 50, 0.2)
     account = run_of(ledger, event)
     account.charge(1)
+    assert not ledger.standing("cohort").alone
     assert 0 < ledger.epsilon("cohort") < 30
     assert account.rounds_left() > 10
 
