@@ -191,6 +191,7 @@ def test_a_budget_beyond_reason_is_no_trap(folder: Path):
     event = PoissonDiscreteGaussianSum(40.0, 3, 20.0, 50, 0.2)
     account = run_of(ledger, event)
     account.charge(1)
+    assert not ledger.standing("cohort").alone
     assert 0 < ledger.epsilon("cohort") < 30
     assert account.rounds_left() > 10
 
@@ -648,6 +649,7 @@ INSERT = "INSERT INTO entries SELECT ?, body, head FROM entries WHERE number = ?
         ([(DELETE, (4,))], 5),
         ([(DELETE, (1,)), ("UPDATE entries SET number = number - 1", ())], 1),
         ([(MOVE, (100, 7)), (MOVE, (7, 8)), (MOVE, (8, 100))], 7),
+        ([(MOVE, (12, 9))], 12),
         ([(INSERT, (10, 9))], 10),
         ([(INSERT, (0, 9))], 0),
         ([(MOVE, (101, 9)), (MOVE, (9, 8)), (INSERT, (8, 7)), (MOVE, (10, 101))], 8),
