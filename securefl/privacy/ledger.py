@@ -393,8 +393,7 @@ class Ledger:
 
     def hashed_entries(self) -> Iterator[tuple[Entry, bytes]]:
         """Every entry and its hash, oldest first."""
-        rows = self._connection.execute("SELECT head FROM entries ORDER BY number")
-        return zip(self.entries, (bytes(head) for (head,) in rows), strict=False)
+        return zip(self._entries, self._heads[1:], strict=True)
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -20,8 +20,6 @@ from protocols.graph import Thresholds
 from protocols.identity import digest
 from securefl import agreement
 from securefl.config import ConfigurationError, Experiment, Site
-from securefl.privacy import integers
-from securefl.privacy.accounting import PoissonGaussian, Repeated
 from securefl.privacy.ledger import Forecast, Ledger, Registered, forecast
 from securefl.privacy.plan import Observer, Plan, RecordLocal
 from securefl.privacy.preview import noise_multiplier
@@ -515,7 +513,7 @@ def asked(
     plan = _plan(experiment, sites, dimension)
     budget = None
     if plan is not None and experiment.privacy is not None:
-        unit, per_round, rounds = experiment.privacy.unit, _per_round(plan), _rounds(experiment)
+        unit, per_round, rounds = experiment.privacy.unit, plan.per_round, _rounds(experiment)
         if ledger is not None and site.data.id in ledger.datasets:
             budget = ledger.forecast(site.data.id, unit, per_round, rounds)
         else:
@@ -524,15 +522,6 @@ def asked(
             budget = forecast(fresh, (), unit, per_round, rounds)
     thresholds = agreement.thresholds(experiment, sites)
     return Asked(site, experiment, sites, dimension, thresholds, plan, budget)
-
-
-def _per_round(plan: Plan) -> Repeated:
-    """What one charged round costs, against the strongest observer."""
-    if isinstance(plan, RecordLocal):
-        distance = integers.hardening_distance(plan.deviation, plan.dimension)
-        step = PoissonGaussian(plan.noise_multiplier, plan.rate, distance)
-        return Repeated(step, plan.steps_per_round)
-    return Repeated(plan.event(Observer.OTHERS), 1)
 
 
 def _many(count: int, thing: str) -> str:
