@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +13,11 @@ import pytest
 
 from securefl import config
 from securefl.config import ConfigurationError, Experiment
-from securefl.privacy.ledger import Ledger
+from securefl.privacy.ledger import Charged, Head, Ledger
 from securefl.records import read_history
 from securefl.runs import RunFailedError, resume, run
 from securefl.site import LEDGER, make_key, open_ledger
+from securefl.store import SiteStore
 
 NAMES = ("site-1", "site-2", "site-3")
 
@@ -125,6 +130,46 @@ def test_a_run_that_was_cut_goes_on_under_the_same_name_in_the_ledgers(trial, fo
         with book(own, name) as ledger:
             (only,) = ledger.standing("rows").runs
             assert only.charged == 4  # the aborted one too
+
+
+@pytest.mark.slow
+def test_no_kill_makes_a_ledger_forget_or_a_round_be_used_twice(trial, folders, tmp_path):
+    """SIGKILL at random instants of a whole run, in the process that plays every site."""
+    own, place = folders(60.0), tmp_path / "run"
+    path = tmp_path / "trial.toml"
+    path.write_text(trial("rounds=40", "privacy.spare_rounds=60", "privacy.epsilon=3").dump())
+    command = [sys.executable, "-m", "securefl.cli", "run"]
+    rng, kills, told = random.Random(), 0, dict.fromkeys(NAMES, 0)
+    while not (place / "summary.json").exists():
+        begun = (place / "experiment.toml").exists()
+        more = ["--resume", str(place)] if begun else [str(path), "--sites", str(own)]
+        more += [] if begun else ["--directory", str(place)]
+        process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(2.0, 12.0) if kills < 40 else None)
+        if process.poll() is None:
+            kills += 1
+        process.kill()
+        process.wait()
+        for name in NAMES:
+            if not (own / name / LEDGER).exists():
+                continue
+            with book(own, name) as ledger:  # opening checks the chain
+                rounds = [e.round for e in ledger.entries if isinstance(e, Charged)]
+            assert rounds == sorted(set(rounds))
+            assert len(rounds) >= SiteStore(place / "sites" / name).charged >= told[name]
+            told[name] = SiteStore(place / "sites" / name).charged
+    history = read_history(place)
+    assert kills
+    assert history.summary.rounds == 40
+    for name in NAMES:
+        with book(own, name) as ledger:
+            (only,) = ledger.standing("rows").runs
+            assert only.charged >= told[name] >= 40
+            for peer, heads in ledger.kept().items():
+                with book(own, peer) as other:
+                    for head in heads:
+                        other.verify(Head(head.entries, head.hash))
 
 
 def test_folders_of_other_sites_are_refused_before_anything_is_written(trial, folders, tmp_path):

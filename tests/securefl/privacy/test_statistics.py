@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from protocols.keystream import Keystream, Seed
 from protocols.noise import DiscreteGaussian
 from securefl.privacy import accounting, statistics
+from securefl.privacy.ledger import Ledger
 from securefl.privacy.statistics import Histogram, Moments
 
 AGES = Moments(((0.0, 100.0), (-1.0, 3.0)))
@@ -101,6 +102,33 @@ def test_it_composes_with_training():
     step = accounting.PoissonDiscreteGaussianSum(300.0, 4, 500.0, 100, 0.1)
     both = [accounting.Repeated(release, 1), accounting.Repeated(step, 50)]
     assert accounting.epsilon(both, 1e-4) > accounting.epsilon(both[1:], 1e-4)
+
+
+def test_it_is_charged_to_the_ledger_that_training_is_charged_to(tmp_path):
+    edges = Histogram(EDGES)
+    deviation = statistics.calibrate(edges, 0.5, 1e-5, shares=3)
+    release = accounting.Repeated(statistics.event(edges, deviation, 3), 1)
+    step = accounting.Repeated(accounting.PoissonGaussian(2.0, 0.05), 1)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.register("rows", unit="record", epsilon=6.0, delta=1e-4, purpose="a trial")
+        costs = []
+        for run, each, rounds in (("ages", release, 1), ("training", step, 20)):
+            account = ledger.open(
+                "rows",
+                run,
+                experiment=run,
+                promise=bytes(32),
+                unit="record",
+                per_round=each,
+                rounds=rounds,
+                epsilon=1.0,
+            )
+            for number in range(rounds):
+                account.charge(number + 1)
+            costs.append(ledger.epsilon("rows"))
+    assert 0.4 < costs[0] < costs[1] <= 6.0
+    together = accounting.epsilon([release, accounting.Repeated(step.event, 20)], 1e-4)
+    assert costs[1] >= together
 
 
 def test_four_noisy_sites_estimate_the_truth_closely():
