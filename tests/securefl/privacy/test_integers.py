@@ -105,10 +105,9 @@ def test_whatever_a_record_holds_it_adds_the_count_or_takes_it_and_no_more(row, 
     """The exact norm of its whole vector, also of rows that just reach the clip."""
     array = np.array(row, np.float32)
     finite = bool(np.isfinite(array).all())
-    if finite and 1e-30 < np.linalg.norm(array.astype(np.float64)) < 1e30:
-        array = (array.astype(np.float64) * (near * clip / np.linalg.norm(array))).astype(
-            np.float32
-        )
+    length = np.linalg.norm(array.astype(np.float64))
+    if finite and 1e-30 < length < 1e30:
+        array = (array.astype(np.float64) * (near * clip / length)).astype(np.float32)
     count = units // 8
     added = clipped_sum([torch.tensor(array[None])], clip, units, count)
     assert len(added) == len(row) + 1
