@@ -420,7 +420,7 @@ def test_what_is_taken_is_what_the_ledger_would_count(tmp_path: Path) -> None:
                 experiment="trial",
                 promise=bytes(32),
                 unit="record",
-                per_round=policy._per_round(fresh.plan),
+                per_round=fresh.plan.per_round,
                 rounds=10,
                 epsilon=5.0,
             )
