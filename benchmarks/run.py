@@ -1,11 +1,12 @@
 """Measure securefl beside TenSEAL's ckks_vector and Flower's SecAgg+, and write the results.
 
-    python benchmarks/run.py
+    python benchmarks/run.py [GROUP ...]
 
-Writes results.json (one row a figure), results.md and results.svg beside this file. Times are
-medians over repetitions in which the two sides take turns, so that their ratio holds on a machine
-whose speed drifts; the spread is from the fastest to the slowest repetition. TenSEAL runs in the
-same process, Flower in one of its own (peers.py).
+Writes results.json (one row a figure), results.md and results.svg beside this file; with groups
+(functions of GROUPS) only their rows are measured anew. Times are medians over repetitions in which
+the two sides take turns, so that their ratio holds on a machine whose speed drifts; the spread is
+from the fastest to the slowest repetition. TenSEAL runs in the same process, Flower in one of its
+own (peers.py).
 """
 
 from __future__ import annotations
@@ -621,33 +622,42 @@ def _short(name: str) -> str:
     return name.replace(", 0 gone, 1,000,000 parameters", "").split(", from float")[0]
 
 
-def main() -> None:
-    """Measure everything and write the three files."""
-    rows: list[Row] = []
-    for group in (
-        encryption,
-        pruned,
-        rounds,
-        masked_rounds,
-        many_sites,
-        upload_sizes,
-        noise,
-        dp_steps,
-        headroom,
-        ledger,
-        memory,
-        demo,
-    ):
+GROUPS = (
+    encryption,
+    pruned,
+    rounds,
+    masked_rounds,
+    many_sites,
+    upload_sizes,
+    noise,
+    dp_steps,
+    headroom,
+    ledger,
+    memory,
+    demo,
+)
+
+
+def main(wanted: list[str]) -> None:
+    """Measure every group, or those that are `wanted`, and write the three files."""
+    rows: dict[str, Row] = {}
+    if wanted:  # the others stay as they were measured
+        told = json.loads((HERE / "results.json").read_text())
+        rows = {row["name"]: Row(**row) for row in told["rows"]}
+    for group in GROUPS:
+        if wanted and group.__name__ not in wanted:
+            continue
         for row in group():
-            rows.append(row)
+            rows[row.name] = row
             ratio = "" if row.ratio is None else f"  {row.ratio:.1f}x the peer's {row.peer:.3g}"
             print(f"{row.name:<64} {row.value:10.3g} {row.unit}{ratio}", flush=True)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    told = {"machine": machine, "rows": [asdict(row) for row in rows]}
+    kept = list(rows.values())
+    told = {"machine": machine, "rows": [asdict(row) for row in kept]}
     (HERE / "results.json").write_text(json.dumps(told, indent=1) + "\n")
-    (HERE / "results.md").write_text(markdown(rows, machine))
-    draw(rows, HERE / "results.svg")
+    (HERE / "results.md").write_text(markdown(kept, machine))
+    draw(kept, HERE / "results.svg")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
