@@ -105,6 +105,20 @@ def heads(ledger: Place) -> None:
 
 
 @app.command()
+def accept(
+    ledger: Place,
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The data set in question.")],
+    overlaps: Annotated[list[str], typer.Option(help="A data set it may share records with.")],
+    reason: Annotated[str, typer.Option(help="Why, in one line.")],
+    by: Annotated[str, typer.Option(help="Who decides: a person's name.")],
+) -> None:
+    """Decide that a data set may hold records of another: each then has its own budget for them."""
+    with _opened(ledger) as book:
+        book.accept(dataset, overlaps, reason=reason, by=by)
+    typer.echo(f"{dataset} may share records with {', '.join(overlaps)}")
+
+
+@app.command()
 def verify(
     ledger: Place,
     head: Annotated[

@@ -217,6 +217,7 @@ class _Book:
     length: int = 0
     hash: bytes = _START
     datasets: dict[str, Registered] = field(default_factory=dict)
+    accepted: dict[str, set[str]] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     key: str = ""
     runs: dict[str, _Run] = field(default_factory=dict)
@@ -227,6 +228,8 @@ class _Book:
             run.charged, run.last_round = run.charged + 1, entry.round
         elif isinstance(entry, Registered):
             self.datasets[entry.dataset] = entry
+        elif isinstance(entry, Accepted):
+            self.accepted.setdefault(entry.dataset, set()).update(entry.overlaps)
         elif isinstance(entry, Content):
             self.fingerprints[entry.dataset], self.key = entry.fingerprint, entry.key
         elif isinstance(entry, Opened):
@@ -434,14 +437,27 @@ class Ledger:
                 _checked(Registered, _now(), dataset, unit, float(epsilon), delta, purpose, by)
             )
 
-    def observe(
-        self, dataset: str, records: Iterable[bytes], *, accepted: tuple[str, str] | None = None
-    ) -> None:
+    def accept(self, dataset: str, overlaps: Iterable[str], *, reason: str, by: str) -> None:
+        """A person decides that a data set may share records with `overlaps`: an entry.
+
+        What such a record spends in each of them adds up, and no budget holds for the sum.
+        """
+        with self._transaction():
+            for name in (dataset, *(others := tuple(overlaps))):
+                self._known(name)
+            if not others or dataset in others or not (reason.strip() and by.strip()):
+                raise ConfigurationError(
+                    f"to accept that {dataset!r} shares records, name other data sets, a reason, "
+                    "and who decides"
+                )
+            self._append(_checked(Accepted, _now(), dataset, others, reason, by))
+
+    def observe(self, dataset: str, records: Iterable[bytes]) -> None:
         """Tell the ledger what a data set holds now: the bytes of each record, or person's name.
 
         Only keyed hashes are kept. Changed content continues the same budget and is an entry.
         Raises OverlapError where records are in another data set too, whose budget they would
-        escape, unless a person decided so: accepted = (reason, who), which is an entry.
+        escape, unless a person decided so (`accept`).
         """
         with self._transaction():
             self._known(dataset)
@@ -451,17 +467,15 @@ class Ledger:
         with self._transaction():
             if self._book.fingerprints.get(dataset) == fingerprint:
                 return
+            allowed = self._book.accepted.get(dataset, set())
             shared = self._shared(dataset, hashes)
+            shared = {other: count for other, count in shared.items() if other not in allowed}
             if shared:
-                if accepted is None:
-                    raise OverlapError(
-                        f"data set {dataset!r} shares {sum(shared.values())} records with "
-                        f"{', '.join(shared)}: go on under that id, or say who accepts the "
-                        "overlap, and why"
-                    )
-                reason, by = accepted
-                others = tuple(shared)
-                self._append(_checked(Accepted, _now(), dataset, others, reason, by))
+                raise OverlapError(
+                    f"data set {dataset!r} shares {sum(shared.values())} records with "
+                    f"{', '.join(shared)}: go on under that id, or say who accepts the overlap, "
+                    "and why: securefl ledger accept"
+                )
             self._connection.executemany(
                 "INSERT OR IGNORE INTO records VALUES (?, ?)", ((dataset, h) for h in hashes)
             )

@@ -131,6 +131,16 @@ def test_verify_shows_a_ledger_that_was_set_back_edited_or_replaced(site, tmp_pa
     assert replaced.exit_code == 1
 
 
+def test_a_person_may_accept_that_records_are_shared(site):
+    given = ("--overlaps", "rows", "--reason", "the same patients, told so", "--by", "Dr. W")
+    assert call("accept", site, "later", *given).exit_code == 0
+    last = json.loads(call("export", site).output.splitlines()[-1])
+    assert (last["type"], last["overlaps"], last["by"]) == ("accepted", ["rows"], "Dr. W")
+    refused = call("accept", site, "gone", *given)
+    assert refused.exit_code == 2
+    assert "has no data set 'gone'" in " ".join(refused.output.split())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

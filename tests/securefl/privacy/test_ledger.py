@@ -590,7 +590,8 @@ def written(folder: Path) -> Path:
     with registered(folder) as ledger:
         ledger.observe("cohort", [b"Ann", b"Bob"])
         ledger.register("second", unit="record", epsilon=1.0, delta=DELTA, purpose="")
-        ledger.observe("second", [b"Bob"], accepted=("a pilot", "Ann"))
+        ledger.accept("second", ["cohort"], reason="a pilot", by="Ann")
+        ledger.observe("second", [b"Bob"])
         account = run_of(ledger, BROAD)
         for number in (1, 2, 3):
             account.charge(number)
@@ -848,14 +849,28 @@ def test_an_accepted_overlap_is_an_entry_with_a_name_under_it(folder: Path):
     ledger = registered(folder)
     ledger.observe("cohort", PEOPLE[:20])
     ledger.register("fresh", unit="record", epsilon=1.0, delta=DELTA, purpose="again")
-    ledger.observe("fresh", PEOPLE[15:], accepted=("two studies, told to all", "Ann"))
+    with pytest.raises(OverlapError, match="securefl ledger accept"):
+        ledger.observe("fresh", PEOPLE[15:])
+    ledger.accept("fresh", ["cohort"], reason="two studies, told to all", by="Ann")
+    ledger.observe("fresh", PEOPLE[15:])
+    ledger.observe("fresh", PEOPLE[10:])  # decided once, for changed content too
     told = [entry for entry in ledger.entries if isinstance(entry, Accepted)]
     assert [(e.dataset, e.overlaps, e.reason, e.by) for e in told] == [
         ("fresh", ("cohort",), "two studies, told to all", "Ann")
     ]
     for wrong in (("\n", "Ann"), ("because", "\x1b")):
         with pytest.raises(ConfigurationError, match="no such entry"):
-            ledger.observe("fresh", PEOPLE, accepted=wrong)
+            ledger.accept("fresh", ["cohort"], reason=wrong[0] + "x", by=wrong[1])
+    for wrong in ([], ["fresh"]):
+        with pytest.raises(ConfigurationError, match="name other data sets, a reason"):
+            ledger.accept("fresh", wrong, reason="because", by="Ann")
+    with pytest.raises(ConfigurationError, match="name other data sets, a reason"):
+        ledger.accept("fresh", ["cohort"], reason="because", by=" ")
+    with pytest.raises(ConfigurationError, match="no data set 'gone'"):
+        ledger.accept("fresh", ["gone"], reason="because", by="Ann")
+    ledger.register("third", unit="record", epsilon=1.0, delta=DELTA, purpose="once more")
+    with pytest.raises(OverlapError, match="with cohort, fresh"):
+        ledger.observe("third", PEOPLE[18:20])
 
 
 def test_changed_records_continue_the_same_budget(folder: Path):
