@@ -142,9 +142,11 @@ def ledger_sentences(standing: Standing) -> tuple[str, ...]:
     whose = "site's whole contribution" if unit == "site" else unit
     told = [
         f"Charged: {counted(charged, 'round')} in {counted(len(standing.runs), 'run')}, with those "
-        f"that were aborted. Whatever anyone concludes from all of them together, one {whose} more "
-        f"or less changes the probability of that conclusion by a factor of at most {odds(spent)}, "
-        f"apart from a chance of {rounded_up(standing.delta)}."
+        f"that were aborted: epsilon {rounded_up(spent)} of {standing.epsilon:g}.",
+        "What is promised is the budget. Whatever anyone concludes from everything that these and "
+        f"all later runs give, one {whose} more or less changes the probability of that conclusion "
+        f"by a factor of at most {odds(standing.epsilon)}, apart from a chance of "
+        f"{rounded_up(standing.delta)}.",
     ]
     if standing.alone:
         told.append(
@@ -153,9 +155,9 @@ def ledger_sentences(standing: Standing) -> tuple[str, ...]:
         )
     else:
         told.append(
-            f"The figure holds although later runs were chosen by people who knew the results of "
-            f"earlier ones: costs are added at one order, {standing.order:g}, that was fixed when "
-            "the first run was opened. So it is somewhat above what the runs' own reports say."
+            "This holds although later runs are chosen by people who know what earlier ones gave: "
+            f"costs are added at one order, {standing.order:g}, that was fixed when the first run "
+            "was opened. So the count is somewhat above what the runs' own reports say."
         )
     if standing.spent >= standing.epsilon * 0.999:
         told.append("The budget is spent. Any further round is refused.")
