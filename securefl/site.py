@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeVar, final
+from typing import Annotated, Final, Literal, final
 
 import msgspec
 from msgspec import Meta
@@ -115,7 +115,6 @@ class _UnfitError(RuntimeError):
 
 
 _OURS = (_UnfitError, CorruptStoreError)
-_Record = TypeVar("_Record", bound=msgspec.Struct)
 
 
 class _Consent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -178,7 +177,7 @@ class Consents:
 
     def _read(self, asked: Asked) -> _Consent | None:
         path = self._path(asked.digest())
-        consent = _read(path, _Consent)
+        consent = store.read(path, _Consent)
         if consent is not None and consent.digest != asked.digest().hex():
             raise CorruptStoreError(f"{path} is a consent to something else: delete it")
         return consent
@@ -315,7 +314,7 @@ class Gate:
         return PolicyError(self.name, rule, proposed, permitted)
 
     def _check_run(self, proposal: Proposal, accepted: _Accepted) -> None:
-        before = _read(self._path(proposal.run), _Accepted)
+        before = store.read(self._path(proposal.run), _Accepted)
         if before is not None and before != accepted:
             raise ConfigurationError(
                 f"{self.name} takes part in this run with another experiment or other sites, and "
@@ -360,12 +359,3 @@ class Gate:
 def _accepted(asked: Asked, roster: Roster) -> _Accepted:
     pinned = (part for site, key in roster.keys.items() for part in (site.encode(), key))
     return _Accepted(1, asked.digest().hex(), digest("roster", *pinned).hex())
-
-
-def _read(path: Path, kind: type[_Record]) -> _Record | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {error}; restore it") from None

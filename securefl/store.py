@@ -109,7 +109,7 @@ class SiteStore:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "site.json"
-        self._record = _read(self._path, _SiteRecord, _SiteRecord(1, 0, 0))
+        self._record = read(self._path, _SiteRecord) or _SiteRecord(1, 0, 0)
         self._lock: IO[str] | None = None
 
     def bind(self, promise: str) -> None:
@@ -127,7 +127,7 @@ class SiteStore:
             if time.monotonic() > end:
                 raise ConfigurationError(f"{folder} is in use by another process: wait for it")
             time.sleep(0.05)
-        self._record = _read(self._path, _SiteRecord, _SiteRecord(1, 0, 0))
+        self._record = read(self._path, _SiteRecord) or _SiteRecord(1, 0, 0)
         if self.charged and self._record.promise != promise:
             raise ConfigurationError(
                 f"{self._path}: {self.charged} rounds were charged under another experiment or "
@@ -194,7 +194,7 @@ class ServerStore:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "server.json"
-        self._record = _read(self._path, _ServerRecord, _ServerRecord(1, 0))
+        self._record = read(self._path, _ServerRecord) or _ServerRecord(1, 0)
 
     @property
     def last_round(self) -> int:
@@ -217,10 +217,11 @@ class ServerStore:
         self._record = record
 
 
-def _read(path: Path, kind: type[_Record], missing: _Record) -> _Record:
-    if not path.exists():
-        return missing
+def read(path: Path, kind: type[_Record]) -> _Record | None:
+    """The record in the JSON file `path`; None where there is none."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except msgspec.MsgspecError as error:
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
         raise CorruptStoreError(f"{path} is damaged: {error}; restore it from a backup") from None

@@ -515,7 +515,8 @@ class Ledger:
                     )
                 return Account(self, run)
             curve = Curve.of([Repeated(event, per_round.times)])
-            order, alone = self._filter(budget, event, per_round.times, curve, rounds)
+            earlier = [other.opened for other in self._book.of(dataset)]
+            order, alone = _admitted(budget, earlier, event, per_round.times, curve, rounds)
             opened = _checked(
                 Opened,
                 _now(),
@@ -745,13 +746,6 @@ class Ledger:
             for (other,) in rows:
                 found[other] = found.get(other, 0) + 1
         return found
-
-    def _filter(
-        self, budget: Registered, event: Event, steps: int, curve: Curve, rounds: int
-    ) -> tuple[float, bool]:
-        """The order of the data set's filter, and whether a run has the data set to itself."""
-        earlier = [run.opened for run in self._book.of(budget.dataset)]
-        return _admitted(budget, earlier, event, steps, curve, rounds)
 
     @property
     def _key_path(self) -> Path:

@@ -30,9 +30,69 @@ class Observer(Enum):
     """Nobody who took part speaks: every share of the noise is unknown to them."""
 
 
+class _Promise:
+    """What every plan says of its rounds, from what it says of one."""
+
+    __slots__ = ()
+    epsilon: float
+
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
+        raise NotImplementedError
+
+    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
+        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
+        return self.cost(rounds, observer).epsilon
+
+    def affords(self, rounds: int) -> bool:
+        """Whether `rounds` charged rounds stay within the promised epsilon."""
+        return self.spent(rounds) <= self.epsilon
+
+
+class _Distributed(_Promise):
+    """What the plans have in common whose noise only the sum has enough of."""
+
+    __slots__ = ()
+    delta: float
+    clip: float
+    units: int
+    dimension: int
+    counted: bool
+
+    def event(
+        self, observer: Observer
+    ) -> accounting.PoissonDiscreteGaussianSum | accounting.DiscreteGaussianSum:
+        """What one round costs against `observer`."""
+        raise NotImplementedError
+
+    @property
+    def grid(self) -> float:
+        """What one integer of the sum stands for, in the units of what is clipped."""
+        return self.clip * (1 << integers.FINE_BITS) / self.units
+
+    @property
+    def count(self) -> int:
+        """What a vector adds or takes where it tells if it was within the clip, in fine units."""
+        return clipping.count(self.units) if self.counted else 0
+
+    @property
+    def coordinates(self) -> int:
+        """Of the integer vector: `dimension`, and the count."""
+        return self.dimension + self.counted
+
+    @property
+    def per_round(self) -> accounting.Repeated:
+        """What one charged round costs against the server and the colluding sites."""
+        return accounting.Repeated(self.event(Observer.OTHERS), 1)
+
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
+        return accounting.cost([accounting.Repeated(self.event(observer), rounds)], self.delta)
+
+
 @final
 @dataclass(frozen=True, slots=True)
-class RecordLocal:
+class RecordLocal(_Promise):
     """DP-SGD at each site, on its own records, with its own noise (Abadi et al. 2016, algorithm 1).
 
     Every local step takes a secret Poisson sample at the public `rate`, clips each record's
@@ -123,14 +183,6 @@ class RecordLocal:
         step, times = self.per_round.event, self.per_round.times
         return accounting.cost([accounting.Repeated(step, rounds * times)], self.delta)
 
-    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
-        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        return self.cost(rounds, observer).epsilon
-
-    def affords(self, rounds: int) -> bool:
-        """Whether `rounds` charged rounds stay within the promised epsilon."""
-        return self.spent(rounds) <= self.epsilon
-
     def share_error(self, sites: int) -> float:
         """The deviation of noise in a round's mean share of records within the clip."""
         told = 2 * self.count * self.expected_batch
@@ -162,7 +214,7 @@ class Cohort:
 
 @final
 @dataclass(frozen=True, slots=True)
-class RecordDistributed:
+class RecordDistributed(_Distributed):
     """One Poisson-sampled step a round, summed over all sites, with noise that only the sum has.
 
     Each round every site takes a secret Poisson sample of its records (unit "record") or people
@@ -262,21 +314,6 @@ class RecordDistributed:
         return f"add or remove one {self.unit}"
 
     @property
-    def grid(self) -> float:
-        """What one integer of the sum stands for, in the gradient's units."""
-        return self.clip * (1 << integers.FINE_BITS) / self.units
-
-    @property
-    def count(self) -> int:
-        """What a gradient adds or takes where it tells if it was within the clip, in fine units."""
-        return clipping.count(self.units) if self.counted else 0
-
-    @property
-    def coordinates(self) -> int:
-        """Of the integer vector: `dimension`, and the count."""
-        return self.dimension + self.counted
-
-    @property
     def sensitivity(self) -> float:
         """How far one record moves the integer sum, L2, in grid units; `slip` says how surely."""
         return _sensitivity(_bound(self.units, self.count), self.coordinates, self.beta)
@@ -297,23 +334,6 @@ class RecordDistributed:
             self.rate,
             self.slip,
         )
-
-    @property
-    def per_round(self) -> accounting.Repeated:
-        """What one charged round costs against the server and the colluding sites."""
-        return accounting.Repeated(self.event(Observer.OTHERS), 1)
-
-    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
-        """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
-        return accounting.cost([accounting.Repeated(self.event(observer), rounds)], self.delta)
-
-    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
-        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        return self.cost(rounds, observer).epsilon
-
-    def affords(self, rounds: int) -> bool:
-        """Whether `rounds` charged rounds stay within the promised epsilon."""
-        return self.spent(rounds) <= self.epsilon
 
     def field_bits(self, signal: float, overflow: float) -> int:
         """Signed bits of one coordinate of the sum, wrapping with probability at most `overflow`.
@@ -342,7 +362,7 @@ class RecordDistributed:
 
 @final
 @dataclass(frozen=True, slots=True)
-class SiteDistributed:
+class SiteDistributed(_Distributed):
     """Each site's whole update is protected, with noise that only the sum has.
 
     A site trains as it likes, clips its update to L2 norm `clip` (`integers.clipped_sum` of one
@@ -416,21 +436,6 @@ class SiteDistributed:
         return "replace one site's updates by zero"
 
     @property
-    def grid(self) -> float:
-        """What one integer of the sum stands for, in the update's units."""
-        return self.clip * (1 << integers.FINE_BITS) / self.units
-
-    @property
-    def count(self) -> int:
-        """What an update adds or takes where it tells if it was within the clip, in fine units."""
-        return clipping.count(self.units) if self.counted else 0
-
-    @property
-    def coordinates(self) -> int:
-        """Of the integer vector: `dimension`, and the count."""
-        return self.dimension + self.counted
-
-    @property
     def bound(self) -> int:
         """What an update is clipped to together with the count, in fine units."""
         return _bound(self.units, self.count)
@@ -446,23 +451,6 @@ class SiteDistributed:
         return accounting.DiscreteGaussianSum(
             self.deviation, shares, self.sensitivity, self.coordinates
         )
-
-    @property
-    def per_round(self) -> accounting.Repeated:
-        """What one charged round costs against the server and the colluding sites."""
-        return accounting.Repeated(self.event(Observer.OTHERS), 1)
-
-    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
-        """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
-        return accounting.cost([accounting.Repeated(self.event(observer), rounds)], self.delta)
-
-    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
-        """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        return self.cost(rounds, observer).epsilon
-
-    def affords(self, rounds: int) -> bool:
-        """Whether `rounds` charged rounds stay within the promised epsilon."""
-        return self.spent(rounds) <= self.epsilon
 
     def field_bits(self, overflow: float, spread: int | None = None) -> int:
         """Signed bits of one coordinate of the sum, wrapping with probability at most `overflow`.

@@ -371,7 +371,7 @@ class Asked:
         return (
             f"{self.experiment.name}: at most {self.rounds:,} rounds"
             + (f" ({spare:,} of them only in place of rounds that fail)" if spare else "")
-            + f", each with {_many(steps, 'training step')} on this site's records."
+            + f", each with {words.counted(steps, 'training step')} on this site's records."
         )
 
     def _told_sites(self) -> str:
@@ -389,7 +389,7 @@ class Asked:
         return f"{told} Only sites whose key this site knows may take part ({others})."
 
     def _told_model(self) -> str:
-        model = f"{self.experiment.model.name}, {_many(self.parameters, 'parameter')}."
+        model = f"{self.experiment.model.name}, {words.counted(self.parameters, 'parameter')}."
         code = [f"{reference} ({key})" for key, reference in _named_code(self.experiment)]
         if not code:
             return f"{model} No code but securefl's own runs on the records."
@@ -412,8 +412,9 @@ class Asked:
         told = f"{name}: nobody learns this site's update; only the sum over {least} or more sites "
         told += "is opened. "
         told += (
-            f"Should the server and up to {_many(colluding, 'other site')} work together, they "
-            f"learn the sum over the remaining {least - colluding} or more, this site among them."
+            f"Should the server and up to {words.counted(colluding, 'other site')} work "
+            f"together, they learn the sum over the remaining {least - colluding} or more, "
+            "this site among them."
             if colluding
             else "This holds only as long as no site works together with the server."
         )
@@ -472,7 +473,7 @@ class Asked:
                 f"{told}, which is more than is left: this site will stop, for good, before the "
                 "run ends."
             )
-        told += f" and leaves {_down(known.epsilon - known.after)}."
+        told += f" and leaves {words.rounded_down(known.epsilon - known.after)}."
         if known.alone:
             told += " It fits only if no other run ever uses this data set; none will be let."
         return told
@@ -486,9 +487,9 @@ class Asked:
         }[self.experiment.protocol.name]
         counted = self.experiment.aggregation.weighting == "records"
         return (
-            f"Each round {upload} of {_many(self.parameters, 'number')} at most, with what the "
-            "protocol needs to add and open sums. Others see that this site takes part, when, how "
-            "long it takes, and where its ledger stands (a hash)."
+            f"Each round {upload} of {words.counted(self.parameters, 'number')} at most, "
+            "with what the protocol needs to add and open sums. Others see that this site "
+            "takes part, when, how long it takes, and where its ledger stands (a hash)."
             + (" The sum of all sites' record counts is opened." if counted else "")
             + " No record leaves."
         )
@@ -522,12 +523,3 @@ def asked(
             budget = forecast(fresh, (), unit, per_round, rounds)
     thresholds = agreement.thresholds(experiment, sites)
     return Asked(site, experiment, sites, dimension, thresholds, plan, budget)
-
-
-def _many(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
-def _down(value: float) -> str:
-    """What is left, to three digits, rounded down."""
-    return f"{int(value * 1000) / 1000:g}"

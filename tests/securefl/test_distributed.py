@@ -75,6 +75,20 @@ clip = 0.5
 """
 
 
+class StopError(Exception):
+    pass
+
+
+class Stopping:
+    """Progress that stops a run once two rounds are on disk."""
+
+    def started(self, rounds: int, done: int) -> None: ...
+    def phase(self, round_number: int, phase: str) -> None: ...
+    def finished(self, record) -> None:
+        if record.update == 2:
+            raise StopError
+
+
 @pytest.fixture(scope="module")
 def clinics(tmp_path_factory) -> Path:
     """Four clinics of different sizes, patients with one to four visits, three measurements."""
@@ -437,16 +451,6 @@ def test_a_site_with_local_noise_tells_its_share_and_the_clip_follows(trial, tmp
 
 @pytest.mark.parametrize("reveal", ["server", "sites"])
 def test_a_run_that_was_stopped_goes_on_with_its_clip(trial, tmp_path, reveal):
-    class StopError(Exception):
-        pass
-
-    class Stopping:
-        def started(self, rounds: int, done: int) -> None: ...
-        def phase(self, round_number: int, phase: str) -> None: ...
-        def finished(self, record) -> None:
-            if record.update == 2:
-                raise StopError
-
     ways = ("protocol.name=masked-bfv", f"protocol.reveal={reveal}")
     seeded = trial("person", *FAR, "not_private_seed=7", *ways)
     whole = run(seeded, tmp_path / "whole")
@@ -678,16 +682,6 @@ def test_the_mean_over_the_sites_is_reported_where_a_column_tells_them_apart(tri
 
 
 def test_an_interrupted_run_goes_on_without_a_charge_forgotten(trial, tmp_path):
-    class StopError(Exception):
-        pass
-
-    class Stopping:
-        def started(self, rounds: int, done: int) -> None: ...
-        def phase(self, round_number: int, phase: str) -> None: ...
-        def finished(self, record) -> None:
-            if record.update == 2:
-                raise StopError
-
     seeded = trial("person", "not_private_seed=7", "aggregation.average_from=2")
     whole = run(seeded, tmp_path / "whole")
     with pytest.raises(StopError):
