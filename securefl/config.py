@@ -6,86 +6,63 @@ one that does; a combination that would weaken a promise is refused with the men
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self
 
-import pydantic
 import tomli_w
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from securefl import sections
+from securefl.schema import Schema
+from securefl.sections import (
+    Budgeted,
+    Callable_,
+    Clip,
+    Count,
+    Delta,
+    Flag,
+    Hex32,
+    Line,
+    Name,
+    Positive,
+    Protected,
+    Quantile,
+    Range,
+    Rounds,
+    Section,
+    SiteName,
+    Unit,
+    parse_tree,
+    read_text,
+    validated,
 )
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Clip = Annotated[float, Field(ge=1e-6, le=1e6)]
-Unit = Annotated[float, Field(gt=0, le=1)]
-Quantile = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000_000)]
-Rounds = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
-Bound = Annotated[float, Field(ge=-1e30, le=1e30)]
-Range = Annotated[tuple[Bound, Bound], Field(description="lowest and highest value, lowest first")]
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-
-
-def _one_line(text: str) -> str:
-    if not text.isprintable() or not 1 <= len(text) <= 1000:
-        raise ValueError("write one line of 1 to 1000 printable characters")
-    return text
-
-
-def _hexadecimal(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise ValueError(f"{text!r} is not 64 hexadecimal digits in lower case")
-    return text
-
-
-Line = Annotated[str, AfterValidator(_one_line)]
-Hex32 = Annotated[str, AfterValidator(_hexadecimal)]
-Flag = Annotated[bool, Field(strict=True)]
-Budgeted = Annotated[float, Field(gt=0, le=1e6)]
-Delta = Annotated[float, Field(ge=1e-12, lt=1)]
-Protected = Literal["record", "person", "site"]
-
-
-class ConfigurationError(ValueError):
-    """What a user wrote cannot be run: names the key, the value and the mend, in one line."""
-
-
-class Section(BaseModel):
-    """A frozen table of a configuration file; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-_Kind = TypeVar("_Kind", bound=Section)
+ConfigurationError = sections.ConfigurationError
 
 
 class Data(Section):
     """Where the records come from and what is publicly known about them.
 
-    `ranges` and `default_range` scale every feature linearly onto [-1, 1]; they are declared,
-    never fitted, so that scaling reads no private record. `test_column` names a column in which
-    "test" marks the records held out; without it `test_fraction` of them are drawn. `person` names
-    the column that says whose a record is.
+    With a `schema` (a file's name, or its tables) the files are read and checked as it says,
+    and `[preprocessing]` makes features of them. `path` is then a table, a folder, or has a `*`:
+    every file is a site, named by what the star stands for; without a path every site brings its
+    own. `drop` lists columns that are no features.
+
+    Without a schema `ranges` and `default_range` scale every feature linearly onto [-1, 1]; they
+    are declared, never fitted, so that scaling reads no private record. `test_column` names a
+    column in which "test" marks the records held out; without it `test_fraction` of them are drawn.
+    `person` names the column that says whose a record is.
     """
 
     source: (
         Literal["breast-cancer", "digits", "diabetes", "table", "heart-disease", "mnist"]
         | Callable_
     ) = "breast-cancer"
+    agreed: Schema | None = Field(default=None, alias="schema")
     path: Path | None = None
     label: str | None = None
     person: str | None = None
@@ -98,8 +75,15 @@ class Data(Section):
     ranges: Mapping[str, Range] = {}
     target_range: Range | None = None
 
+    @property
+    def person_column(self) -> str | None:
+        """The column that says whose a record is."""
+        return self.person if self.agreed is None else self.agreed.person
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.agreed is not None:
+            return self._consistent_with(self.agreed)
         for key, (low, high) in {
             **self.ranges,
             **({"default_range": self.default_range} if self.default_range else {}),
@@ -110,8 +94,88 @@ class Data(Section):
         if self.source in ("table", "heart-disease", "mnist") and self.path is None:
             raise ValueError(f'source = "{self.source}" needs path = "FILE or FOLDER"')
         if self.source == "table" and self.label is None:
-            raise ValueError('source = "table" needs label = "COLUMN"')
+            raise ValueError('source = "table" needs label = "COLUMN", or schema = "FILE"')
         return self
+
+    def _consistent_with(self, schema: Schema) -> Self:
+        if self.source != "table":
+            raise ValueError(f'schema goes with source = "table", not "{self.source}"')
+        said = ("label", "person", "task", "classes", "test_column", "default_range")
+        for key in (*said, "target_range", "ranges"):
+            if getattr(self, key):
+                raise ValueError(f"{key} goes without a schema, which says it: drop {key}")
+        for name in self.drop:
+            if name not in schema.columns:
+                raise ValueError(f"drop lists {name!r}, which is not in the schema")
+            if name == schema.label:
+                raise ValueError(f"drop lists the label {name!r}: keep it")
+        if not self.features:
+            raise ValueError("the schema leaves no feature: drop fewer columns")
+        return self
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The schema's columns that features are made of; () without a schema."""
+        schema = self.agreed
+        if schema is None:
+            return ()
+        if schema.image is not None and schema.image not in self.drop:
+            return (schema.image,)
+        return tuple(
+            name
+            for name, column in schema.columns.items()
+            if name not in (schema.label, *self.drop) and column.type in ("number", "category")
+        )
+
+
+class Preprocessing(Section):
+    """How the columns of a schema become features: fitted on all sites' training rows together.
+
+    Every statistic is a secure sum over the sites; under `[privacy]` one with noise, which may cost
+    `share` of the run's epsilon. The fitted values are part of the model.
+
+    `scale`: "standardise" to mean 0 and deviation 1, or "range", which maps the schema's range onto
+    [-1, 1] and needs no statistic. `impute`: what a missing number becomes: the mean, the median,
+    or the "middle" of its range (no statistic). A missing category is none of them. `indicators`:
+    one more feature that tells where a number is missing. `clip_quantiles`: numbers beyond these
+    quantiles count as them. `bins`: of the histograms that quantiles are read from. `required`:
+    rows without a value in these columns are left out. Categories with fewer than `minimum_count`
+    records (or people) in the consortium are merged; 0 merges none and needs no statistic.
+    `class_weights`: "balanced" weighs each class's loss by one over its frequency.
+    """
+
+    scale: Literal["standardise", "range"] = "standardise"
+    impute: Literal["mean", "median", "middle"] = "mean"
+    indicators: Flag = False
+    clip_quantiles: tuple[Quantile, Quantile] | None = None
+    bins: Annotated[int, Field(strict=True, ge=2, le=4096)] = 256
+    required: tuple[str, ...] = ()
+    minimum_count: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 10
+    class_weights: Literal["none", "balanced"] = "none"
+    share: Quantile = 0.1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.clip_quantiles is not None and not self.clip_quantiles[0] < self.clip_quantiles[1]:
+            raise ValueError("clip_quantiles: put the lower one first")
+        return self
+
+
+class Evaluation(Section):
+    """Test figures from sums over all sites: no test row leaves its site.
+
+    Every site holds out its own test rows: those that the schema's `test` column marks, or
+    `data.test_fraction` of them, by a hash of each row (or person). `every`: updates between two
+    evaluations; the last update is always evaluated. `bins`: of the histograms of scores. Under
+    `[privacy]` the sums carry noise that covers the test rows, which no training reads, at the
+    run's own epsilon; with `protected` = false test rows are declared outside the guarantee.
+    `threshold`: from which probability the last class is predicted, where there are two.
+    """
+
+    every: Count | None = None
+    bins: Annotated[int, Field(strict=True, ge=2, le=4096, multiple_of=2)] | None = None
+    protected: Flag = True
+    threshold: Quantile = 0.5
 
 
 class Sites(Section):
@@ -350,6 +414,8 @@ class Experiment(Section):
     model: Model = Model()
     training: Training = Training()
     aggregation: Aggregation = Aggregation()
+    preprocessing: Preprocessing | None = None
+    evaluation: Evaluation | None = None
     privacy: AnyPrivacy | None = None
     protocol: Encryption = Encryption()
     pruning: Pruning | None = None
@@ -357,8 +423,19 @@ class Experiment(Section):
     engine: Engine = Engine()
     transcript: Transcript = Transcript()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, tree: Any) -> Any:
+        """With a schema there is preprocessing, and evaluation at the sites."""
+        if isinstance(tree, dict) and isinstance(tree.get("data"), dict | Data):
+            data = tree["data"]
+            if data.get("schema") if isinstance(data, dict) else data.agreed:
+                return {"preprocessing": {}, "evaluation": {}, **tree}
+        return tree
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_schema()
         if self.privacy is not None and self.aggregation.weighting == "records":
             raise ValueError(
                 'aggregation.weighting = "records" sends exact record counts, which the privacy '
@@ -383,12 +460,29 @@ class Experiment(Section):
                         raise ValueError(f"{key} names {site!r}, which is not in sites.names")
         return self
 
+    def _check_schema(self) -> None:
+        schema, preprocessing = self.data.agreed, self.preprocessing
+        if schema is None:
+            for key in ("preprocessing", "evaluation"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f'[{key}] needs data.schema = "FILE"')
+            return
+        if self.protocol.reveal == "sites":
+            raise ValueError(
+                'protocol.reveal = "sites" hides every sum from the server, which fits '
+                'preprocessing and test figures from sums: use reveal = "server"'
+            )
+        for name in preprocessing.required if preprocessing else ():
+            if name not in self.data.features:
+                raise ValueError(f"preprocessing.required lists {name!r}, which is no feature")
+
     def _check_privacy(self) -> None:
         privacy = self.privacy
         if privacy is None:
             return
-        if privacy.unit == "person" and self.data.person is None:
-            raise ValueError('privacy.unit = "person" needs data.person = "COLUMN"')
+        if privacy.unit == "person" and self.data.person_column is None:
+            where = 'data.person = "COLUMN"' if self.data.agreed is None else "a schema with person"
+            raise ValueError(f'privacy.unit = "person" needs {where}')
         if privacy.noise == "local":
             return
         if self.protocol.name not in ("secagg", "masked-bfv") and not (
@@ -416,26 +510,29 @@ class Experiment(Section):
 
     def dump(self) -> str:
         """This experiment as TOML, defaults included; `parse(dump())` gives an equal value."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, by_alias=True))
 
     def digest(self) -> bytes:
         """SHA-256 of what sites must agree on before a round (32 bytes)."""
         alone = {"name": True, "device": True, "engine": True, "transcript": True}
-        agreed = self.model_dump_json(exclude={**alone, "data": {"path"}})
+        told = {"columns": {"__all__": {"description"}}}
+        agreed = self.model_dump_json(exclude={**alone, "data": {"path": True, "agreed": told}})
         return hashlib.sha256(b"securefl experiment 1\0" + agreed.encode()).digest()
 
 
 class SiteData(Section):
     """One data set of a site, as its ledger knows it.
 
-    `person` names the column that says whose a record is; `path` is where the records lie. Both are
-    the site's own: what a proposed experiment says of them is not believed.
+    `person` names the column that says whose a record is; `path` is where the records lie, and
+    `schema` the file that says what they hold. All are the site's own: what a proposed experiment
+    says of them is not believed.
     """
 
     id: Name
     purpose: Line
     person: str | None = None
     path: Path | None = None
+    agreed: Schema | None = Field(default=None, alias="schema")
 
 
 class Budget(Section):
@@ -556,18 +653,33 @@ def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") 
     0.5
     >>> parse("ruonds = 5")
     Traceback (most recent call last):
-    securefl.config.ConfigurationError: experiment: no key 'ruonds'; did you mean 'rounds'?
+    securefl.sections.ConfigurationError: experiment: no key 'ruonds'; did you mean 'rounds'?
     """
-    tree = _tree(text, origin)
+    return _experiment(text, overrides, origin, Path())
+
+
+def _experiment(text: str, overrides: Iterable[str], origin: str, folder: Path) -> Experiment:
+    tree = parse_tree(text, origin)
+    _read_schema(tree, folder)
     for override in overrides:
         _lay_over(tree, override)
-    return _validated(Experiment, tree, origin)
+    _read_schema(tree, Path())
+    return validated(Experiment, tree, origin)
+
+
+def _read_schema(tree: dict[str, Any], folder: Path) -> None:
+    """Put the schema in the place of its file's name, which is relative to `folder`."""
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("schema"), str):
+        path = folder / data["schema"]
+        data["schema"] = parse_tree(read_text(path), str(path))
+        validated(Schema, data["schema"], str(path))  # so that errors name its own file
 
 
 def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
     """The experiment in the TOML file `path`; a relative data path is relative to that file."""
-    text = _text(path)
-    experiment = parse(text, overrides, origin=str(path))
+    text = read_text(path)
+    experiment = _experiment(text, overrides, str(path), Path(path).parent)
     data = experiment.data
     if data.path is not None and not data.path.is_absolute():
         written_here = tomllib.loads(text).get("data", {}).get("path") == str(data.path)
@@ -579,7 +691,13 @@ def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
 
 def parse_site(text: str, origin: str = "site") -> Site:
     """The site written in `text`. Raises ConfigurationError as `parse` does."""
-    return _validated(Site, _tree(text, origin), origin)
+    return _site(text, origin, Path())
+
+
+def _site(text: str, origin: str, folder: Path) -> Site:
+    tree = parse_tree(text, origin)
+    _read_schema(tree, folder)
+    return validated(Site, tree, origin)
 
 
 def load_site(path: Path | str) -> Site:
@@ -587,34 +705,11 @@ def load_site(path: Path | str) -> Site:
 
     Raises ConfigurationError naming the file, the key, the value and the mend.
     """
-    site = parse_site(_text(path), origin=str(path))
+    site = _site(read_text(path), str(path), Path(path).parent)
     if site.data.path is None:
         return site
     data = site.data.model_copy(update={"path": Path(path).resolve().parent / site.data.path})
     return site.model_copy(update={"data": data})
-
-
-def _text(path: Path | str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-
-
-def _tree(text: str, origin: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or deep brackets
-        raise ConfigurationError(f"{origin} is not valid TOML: {error}") from None
-
-
-def _validated(kind: type[_Kind], tree: dict[str, Any], origin: str) -> _Kind:
-    try:
-        return kind.model_validate(tree)
-    except pydantic.ValidationError as error:
-        raise ConfigurationError(f"{origin}: {_first_fault(error, kind)}") from None
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
@@ -631,44 +726,3 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
         table[steps[-1]] = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         table[steps[-1]] = value.strip()  # a bare word is a string
-
-
-def _first_fault(error: pydantic.ValidationError, kind: type[Section]) -> str:
-    """The most telling fault of a validation error, as one line."""
-    faults = error.errors(include_url=False)
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    path = [str(step) for step in fault["loc"]]
-    known = _keys(path[:-1], kind)
-    if path[:1] == ["privacy"] and path[1:2] in (["record"], ["site"]):
-        del path[1]  # which of the two sections it was read as
-    key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        if near:
-            return f"no key {key!r}; did you mean {'.'.join([*path[:-1], near[0]])!r}?"
-        return f"no key {key!r}; the keys here are {', '.join(sorted(known))}"
-    message = re.sub(r"^Value error, ", "", fault["msg"])
-    if fault["type"] == "missing":
-        return f"{key} is missing: say what it is"
-    if fault["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    choices = [f["ctx"]["expected"] for f in faults if f["type"] == "literal_error"]
-    where = ".".join(p for p in path if not p.startswith(("literal[", "constrained-", "function-")))
-    if choices:
-        extra = ' or "module:callable"' if len(faults) > 1 else ""
-        return f"{where} = {fault['input']!r}: choose {choices[0]}{extra}"
-    return f"{where} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys(path: list[str], kind: type[Section]) -> list[str]:
-    """The keys that exist at `path`, which leads from `kind` through its sections."""
-    section: type[BaseModel] = kind
-    for step in path:
-        if section is Experiment and step == "privacy":
-            section = SitePrivacy if path[1:2] == ["site"] else Privacy
-        elif step in section.model_fields:
-            annotation = section.model_fields[step].annotation
-            kinds = [annotation, *get_args(annotation)]
-            found = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-            section = found[0] if found else section
-    return list(section.model_fields)
