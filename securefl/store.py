@@ -99,6 +99,7 @@ class _SiteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last_round: Annotated[int, Meta(ge=0)]
     promise: str = ""
     entered: Annotated[int, Meta(ge=0)] = 0
+    released: dict[str, Annotated[int, Meta(ge=1)]] = msgspec.field(default_factory=dict)
 
 
 class SiteStore:
@@ -128,9 +129,10 @@ class SiteStore:
                 raise ConfigurationError(f"{folder} is in use by another process: wait for it")
             time.sleep(0.05)
         self._record = read(self._path, _SiteRecord) or _SiteRecord(1, 0, 0)
-        if self.charged and self._record.promise != promise:
+        charged = self.charged + sum(self._record.released.values())
+        if charged and self._record.promise != promise:
             raise ConfigurationError(
-                f"{self._path}: {self.charged} rounds were charged under another experiment or "
+                f"{self._path}: {charged} rounds were charged under another experiment or "
                 "plan: put experiment.toml back as it was, or start a new run"
             )
         self._record = msgspec.structs.replace(self._record, promise=promise)
@@ -148,8 +150,12 @@ class SiteStore:
 
     @property
     def charged(self) -> int:
-        """Rounds charged so far, aborted ones included."""
+        """Rounds of training charged so far, aborted ones included."""
         return self._record.charged
+
+    def released(self, name: str) -> int:
+        """How often another release than a round of training was charged, aborted ones included."""
+        return self._record.released.get(name, 0)
 
     @property
     def last_charged(self) -> int:
@@ -171,12 +177,19 @@ class SiteStore:
         if self._record.entered != round_number:
             self._put(msgspec.structs.replace(self._record, entered=round_number))
 
-    def charge(self, round_number: int) -> None:
-        """Charge one round, durably, before anything that depends on it is computed."""
+    def charge(self, round_number: int, release: str = "") -> None:
+        """Charge one round, durably, before anything that depends on it is computed.
+
+        release: the name of what else than training the round is for.
+        """
         if round_number <= self.last_charged:
             raise ValueError(f"round {round_number} does not follow round {self.last_charged}")
-        charged = self.charged + 1
-        self._put(msgspec.structs.replace(self._record, charged=charged, last_round=round_number))
+        if release:
+            counted = {**self._record.released, release: self.released(release) + 1}
+            record = msgspec.structs.replace(self._record, released=counted)
+        else:
+            record = msgspec.structs.replace(self._record, charged=self.charged + 1)
+        self._put(msgspec.structs.replace(record, last_round=round_number))
 
     def _put(self, record: _SiteRecord) -> None:
         write(self._path, msgspec.json.encode(record))

@@ -198,19 +198,25 @@ def least(cost: Callable[[float], float], target: float, low: float, high: float
 
 @lru_cache(maxsize=256)
 def noise_multiplier(
-    target: float, delta: float, rate: float, steps: int, distance: float = 0.0
+    target: float,
+    delta: float,
+    rate: float,
+    steps: int,
+    distance: float = 0.0,
+    beside: tuple[Repeated, ...] = (),
 ) -> float:
     """The least noise multiplier (to 0.1 %) at which `steps` Poisson steps cost at most `target`.
 
-    Raises ValueError when no multiplier up to 2^20 does.
+    beside: what else the same records are in, which counts against `target` too. Raises ValueError
+    when no multiplier up to 2^20 does.
     """
 
-    def event(noise: float) -> Repeated:
-        return Repeated(PoissonGaussian(noise, rate, distance), steps)
+    def events(noise: float) -> tuple[Repeated, ...]:
+        return (Repeated(PoissonGaussian(noise, rate, distance), steps), *beside)
 
     # Renyi's bound is the cheaper one to evaluate, and never far above.
-    start = least(lambda noise: _by_renyi((event(noise),))(delta), target, 0.05, 1.0)
-    return least(lambda noise: epsilon([event(noise)], delta), target, 0.05, start)
+    start = least(lambda noise: _by_renyi(events(noise))(delta), target, 0.05, 1.0)
+    return least(lambda noise: epsilon(events(noise), delta), target, 0.05, start)
 
 
 def _check(holds: bool, name: str, value: float, use: str) -> None:
@@ -377,6 +383,12 @@ class Curve:
             slip += times * curve.slip
             distance += times * curve.distance
         return cls(tuple(moments.tolist()), slip, distance)
+
+    @classmethod
+    def either(cls, one: Curve, other: Curve) -> Curve:
+        """What costs as `one` or as `other`, nobody knows which: the larger at every order."""
+        moments = np.maximum(one.moments, other.moments).tolist()
+        return cls(tuple(moments), max(one.slip, other.slip), max(one.distance, other.distance))
 
     def epsilon(self, delta: float, order: float) -> float:
         """Epsilon at `delta` by the one `order` (of ORDERS); inf where none holds."""

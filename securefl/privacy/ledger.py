@@ -137,6 +137,20 @@ class Accepted(_Entry, frozen=True):
     by: Text
 
 
+class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a run may release besides its rounds of training, at most `times` times.
+
+    curve: of one release. held_out: it reads test records only, and no round of training or other
+    release reads any of those.
+    """
+
+    name: Name
+    event: dict[str, str | float | int]
+    curve: Curve
+    times: Count
+    held_out: bool
+
+
 class Opened(_Entry, frozen=True):
     """A run that may charge the data set. curve: of one round; order: of the data set's filter.
 
@@ -156,13 +170,15 @@ class Opened(_Entry, frozen=True):
     curve: Curve
     order: float
     alone: bool
+    releases: tuple[Released, ...] = ()
 
 
 class Charged(_Entry, frozen=True):
-    """One round of a run."""
+    """One round of a run. release: what it was for; empty for training."""
 
     run: Text
     round: Count
+    release: Annotated[str, Meta(pattern=r"\A([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z")] = ""
 
 
 Kind = TypeVar("Kind", bound=_Entry)
@@ -202,11 +218,32 @@ class SignedHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What a run asks to release besides its rounds of training: see `Released`."""
+
+    name: str
+    event: Event
+    times: int
+    held_out: bool
+
+
+@final
 @dataclass(slots=True)
 class _Run:
     opened: Opened
     charged: int = 0
     last_round: int = 0
+    released: dict[str, int] = field(default_factory=dict)
+
+    def count(self, release: str) -> int:
+        return self.released.get(release, 0) if release else self.charged
+
+    def counts(self, more: Mapping[str, int]) -> dict[str, int]:
+        """How often each of its mechanisms was charged, by name, training under ""."""
+        names = ("", *(release.name for release in self.opened.releases))
+        found = {name: self.count(name) + more.get(name, 0) for name in names}
+        return {name: count for name, count in found.items() if count}
 
 
 @final
@@ -225,7 +262,11 @@ class _Book:
     def add(self, entry: Entry, head: bytes) -> None:
         if isinstance(entry, Charged):
             run = self.runs[entry.run]
-            run.charged, run.last_round = run.charged + 1, entry.round
+            if entry.release:
+                run.released[entry.release] = run.count(entry.release) + 1
+            else:
+                run.charged += 1
+            run.last_round = entry.round
         elif isinstance(entry, Registered):
             self.datasets[entry.dataset] = entry
         elif isinstance(entry, Accepted):
@@ -239,17 +280,19 @@ class _Book:
     def of(self, dataset: str) -> list[_Run]:
         return [run for run in self.runs.values() if run.opened.dataset == dataset]
 
-    def epsilon(self, dataset: str, more: Mapping[str, int] | None = None) -> float:
-        """What the data set has spent, with `more` rounds of some runs."""
-        extra, delta = more or {}, self.datasets[dataset].delta
-        counts = [(r.opened, r.charged + extra.get(r.opened.run, 0)) for r in self.of(dataset)]
+    def epsilon(self, dataset: str, run: str = "", more: Mapping[str, int] | None = None) -> float:
+        """What the data set has spent, with `more` rounds of a run, by what they are for."""
+        counts = [
+            (held.opened, held.counts((more or {}) if held.opened.run == run else {}))
+            for held in self.of(dataset)
+        ]
         counts = [(opened, count) for opened, count in counts if count]
         if not counts:
             return 0.0
-        first = counts[0][0]
+        first, charged = counts[0]
         if first.alone:
-            return _alone(_event(first.event), first.steps * counts[0][1], delta)
-        total = Curve.total((opened.curve, count) for opened, count in counts)
+            return _alone(_parts(first, charged), self.datasets[dataset].delta)
+        total = Curve.total((_run_curve(opened, count), 1) for opened, count in counts)
         return _filtered(total, self.datasets[dataset], first.order)
 
 
@@ -271,9 +314,12 @@ class Account:
     ledger: Ledger
     run: str
 
-    def charge(self, round_number: int) -> Head:
-        """Charge one round, durably. Raises BudgetSpentError, and charges nothing, at the end."""
-        return self.ledger.charge(self.run, round_number)
+    def charge(self, round_number: int, release: str = "") -> Head:
+        """Charge one round, durably. Raises BudgetSpentError, and charges nothing, at the end.
+
+        release: what it is for, of those that the run was opened with; training by default.
+        """
+        return self.ledger.charge(self.run, round_number, release)
 
     @property
     def last_round(self) -> int:
@@ -492,11 +538,13 @@ class Ledger:
         per_round: Repeated,
         rounds: int,
         epsilon: float,
+        releases: Sequence[Release] = (),
     ) -> Account:
         """Open a run on a data set, or continue one; the account it charges.
 
         run: a name that no other run has, ever. per_round: what one charged round costs; rounds:
-        how many may be charged, spare ones included; epsilon: what the plan promises for them.
+        how many may be charged, spare ones included; epsilon: what the plan promises for them;
+        releases: what else it may charge, each once or more.
         Raises ConfigurationError where the units differ, the run was opened under another promise,
         or the data set was given to another run alone.
         """
@@ -507,16 +555,14 @@ class Ledger:
             if known is not None:
                 told = known.opened
                 was = (told.dataset, told.promise, told.event, told.steps, told.rounds)
-                if was != (dataset, promise.hex(), _told(event), per_round.times, rounds):
+                asked = (dataset, promise.hex(), _told(event), per_round.times, rounds)
+                if (*was, told.releases) != (*asked, _asked(releases, unit, budget)):
                     raise ConfigurationError(
                         f"run {run!r} was opened on data set {known.opened.dataset!r} under "
                         "another experiment or plan: put experiment.toml back as it was, or start "
                         "a new run"
                     )
                 return Account(self, run)
-            curve = Curve.of([Repeated(event, per_round.times)])
-            earlier = [other.opened for other in self._book.of(dataset)]
-            order, alone = _admitted(budget, earlier, event, per_round.times, curve, rounds)
             opened = _checked(
                 Opened,
                 _now(),
@@ -529,33 +575,40 @@ class Ledger:
                 per_round.times,
                 rounds,
                 float(epsilon),
-                curve,
-                order,
-                alone,
+                Curve.of([Repeated(event, per_round.times)]),
+                0.0,
+                False,
+                _asked(releases, unit, budget),
             )
-            self._append(opened)
+            earlier = [other.opened for other in self._book.of(dataset)]
+            order, alone = _admitted(budget, earlier, opened)
+            self._append(msgspec.structs.replace(opened, order=order, alone=alone))
         return Account(self, run)
 
-    def charge(self, run: str, round_number: int) -> Head:
+    def charge(self, run: str, round_number: int, release: str = "") -> Head:
         """As `Account.charge`. Raises ValueError for a round that does not follow the last one."""
         with self._transaction():
             held = self._held(run)
             opened, budget = held.opened, self._known(held.opened.dataset)
             if round_number <= held.last_round:
                 raise ValueError(f"round {round_number} does not follow round {held.last_round}")
-            if held.charged >= opened.rounds:
+            allowed = {"": opened.rounds, **{item.name: item.times for item in opened.releases}}
+            if release not in allowed:
+                raise ValueError(f"run {run!r} was not opened for {release!r}")
+            if held.count(release) >= allowed[release]:
+                what = f"releases of its {release}" if release else "rounds"
                 raise BudgetSpentError(
-                    f"run {run!r} was opened on data set {opened.dataset!r} for {opened.rounds} "
-                    "rounds, and all were charged"
+                    f"run {run!r} was opened on data set {opened.dataset!r} for "
+                    f"{allowed[release]} {what}, and all were charged"
                 )
-            would = self._book.epsilon(opened.dataset, {run: 1})
+            would = self._book.epsilon(opened.dataset, run, {release: 1})
             if would > budget.epsilon:
                 spent = self._book.epsilon(opened.dataset)
                 raise BudgetSpentError(
                     f"data set {opened.dataset!r} has spent epsilon {spent:.3f} of "
                     f"{budget.epsilon:g}; one more round would bring it to {would:.3f}"
                 )
-            self._append(_checked(Charged, _now(), run, round_number))
+            self._append(_checked(Charged, _now(), run, round_number, release))
         return self.head
 
     def rounds_left(self, run: str) -> int:
@@ -566,7 +619,7 @@ class Ledger:
             low, high = 0, held.opened.rounds - held.charged
             while low < high:  # the most rounds that still fit
                 middle = (low + high + 1) // 2
-                if self._book.epsilon(held.opened.dataset, {run: middle}) <= budget.epsilon:
+                if self._book.epsilon(held.opened.dataset, run, {"": middle}) <= budget.epsilon:
                     low = middle
                 else:
                     high = middle - 1
@@ -613,10 +666,17 @@ class Ledger:
             ),
         )
 
-    def forecast(self, dataset: str, unit: Unit, per_round: Repeated, rounds: int) -> Forecast:
+    def forecast(
+        self,
+        dataset: str,
+        unit: Unit,
+        per_round: Repeated,
+        rounds: int,
+        releases: Sequence[Release] = (),
+    ) -> Forecast:
         """What a run would add, were it opened now and all its rounds charged; as in `open`."""
-        runs = [(run.opened, run.charged) for run in self._book.of(dataset)]
-        return forecast(self._known(dataset), runs, unit, per_round, rounds)
+        runs = [(run.opened, run.counts({})) for run in self._book.of(dataset)]
+        return forecast(self._known(dataset), runs, unit, per_round, rounds, releases)
 
     def verify(self, kept: Head) -> None:
         """CorruptStoreError unless this ledger contains the head that somebody kept.
@@ -869,8 +929,42 @@ def _event(told: Mapping[str, str | float | int]) -> Event:
     return event
 
 
-def _alone(event: Event, times: int, delta: float) -> float:
-    return accounting.epsilon([Repeated(event, times)], delta)
+def _asked(releases: Sequence[Release], unit: Unit, budget: Registered) -> tuple[Released, ...]:
+    """The releases as the ledger keeps them, in the data set's unit."""
+    found = []
+    for item in releases:
+        event = _counted(item.event, unit, budget)
+        curve = Curve.of([Repeated(event, 1)])
+        found.append(Released(item.name, _told(event), curve, item.times, item.held_out))
+    return tuple(found)
+
+
+def _whole(opened: Opened) -> dict[str, int]:
+    """Everything that a run may charge, by name."""
+    return {"": opened.rounds, **{item.name: item.times for item in opened.releases}}
+
+
+def _run_curve(opened: Opened, counts: Mapping[str, int]) -> Curve:
+    """What a run costs any record: it trains on it, or holds it out for tests, never both."""
+    parts: dict[bool, list[tuple[Curve, float]]] = {False: [], True: []}
+    parts[False].append((opened.curve, counts.get("", 0)))
+    for item in opened.releases:
+        parts[item.held_out].append((item.curve, counts.get(item.name, 0)))
+    return Curve.either(Curve.total(parts[False]), Curve.total(parts[True]))
+
+
+def _parts(opened: Opened, counts: Mapping[str, int]) -> tuple[list[Repeated], list[Repeated]]:
+    """Everything charged that training records are in, and that held-out ones are in."""
+    parts: dict[bool, list[Repeated]] = {False: [], True: []}
+    training = _event(opened.event), opened.steps * counts.get("", 0)
+    parts[False].append(Repeated(*training))
+    for item in opened.releases:
+        parts[item.held_out].append(Repeated(_event(item.event), counts.get(item.name, 0)))
+    return parts[False], parts[True]
+
+
+def _alone(parts: Iterable[list[Repeated]], delta: float) -> float:
+    return max(accounting.epsilon(part, delta) for part in parts)
 
 
 def _filtered(total: Curve, budget: Registered, order: float) -> float:
@@ -891,52 +985,66 @@ def _exact(curve: Curve) -> Curve:
     return dataclasses.replace(curve, slip=0.0, distance=0.0)
 
 
-def _admitted(
-    budget: Registered,
-    earlier: Sequence[Opened],
-    event: Event,
-    steps: int,
-    curve: Curve,
-    rounds: int,
-) -> tuple[float, bool]:
+def _admitted(budget: Registered, earlier: Sequence[Opened], opened: Opened) -> tuple[float, bool]:
     """The order of a data set's filter, and whether one more run has the data set to itself."""
-    if any(opened.alone for opened in earlier):
+    if any(other.alone for other in earlier):
         raise ConfigurationError(
             f"data set {budget.dataset!r} was given to run {earlier[0].run!r} alone, "
             "which fits its budget by the tightest accountant only: no other run can use it"
         )
     if earlier:
         return earlier[0].order, False
-    order = _order(curve, budget)
-    total = Curve.total([(curve, rounds)])
+    order = _order(opened.curve, budget)
+    total = _run_curve(opened, _whole(opened))
     if _filtered(total, budget, order) <= budget.epsilon:
         return order, False
     # The tighter accountant saves a small part, and takes memory without bound for vast costs.
     renyi = total.epsilon(budget.delta, total.best_order(budget.delta))
     if renyi > min(4 * budget.epsilon + 1, _COSTLY):
         return order, False
-    return order, _alone(event, steps * rounds, budget.delta) <= budget.epsilon
+    return order, _alone(_parts(opened, _whole(opened)), budget.delta) <= budget.epsilon
 
 
 def forecast(
     budget: Registered,
-    runs: Sequence[tuple[Opened, int]],
+    runs: Sequence[tuple[Opened, Mapping[str, int]]],
     unit: Unit,
     per_round: Repeated,
     rounds: int,
+    releases: Sequence[Release] = (),
 ) -> Forecast:
-    """What one more run would add to a budget, after the rounds that earlier runs were charged.
+    """What one more run would add to a budget, after what earlier runs were charged, by name.
 
     Raises ConfigurationError where the run could not be opened, as `Ledger.open` does.
     """
     event, steps = _counted(per_round.event, unit, budget), per_round.times
     curve = Curve.of([Repeated(event, steps)])
-    order, alone = _admitted(budget, [run for run, _ in runs], event, steps, curve, rounds)
+    asked = _asked(releases, unit, budget)
+    opened = Opened(
+        at="",
+        dataset=budget.dataset,
+        run="",
+        experiment="",
+        promise="",
+        unit=unit,
+        event=_told(event),
+        steps=steps,
+        rounds=rounds,
+        epsilon=0.0,
+        curve=Curve.of([Repeated(event, steps)]),
+        order=0.0,
+        alone=False,
+        releases=_asked(releases, unit, budget),
+    )
+    order, alone = _admitted(budget, [run for run, _ in runs], opened)
     if alone:
-        return Forecast(budget.epsilon, 0.0, _alone(event, steps * rounds, budget.delta), True)
-    before = [(opened.curve, charged) for opened, charged in runs]
+        after = _alone(_parts(opened, _whole(opened)), budget.delta)
+        return Forecast(budget.epsilon, 0.0, after, True)
+    before = [(_run_curve(run, counts), 1) for run, counts in runs]
     spent = _filtered(Curve.total(before), budget, order)
-    after = _filtered(Curve.total([*before, (curve, rounds)]), budget, order)
+    after = _filtered(
+        Curve.total([*before, (_run_curve(opened, _whole(opened)), 1)]), budget, order
+    )
     return Forecast(budget.epsilon, spent, after, False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal, Self, final
@@ -36,17 +37,22 @@ class _Promise:
     __slots__ = ()
     epsilon: float
 
-    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
-        """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
+    def cost(
+        self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1
+    ) -> accounting.Cost:
+        """What `rounds` charged rounds cost at `delta`, and which accountant says so.
+
+        fits: how often the statistics were charged, where the plan has any.
+        """
         raise NotImplementedError
 
-    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
+    def spent(self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        return self.cost(rounds, observer).epsilon
+        return self.cost(rounds, observer, fits).epsilon
 
-    def affords(self, rounds: int) -> bool:
+    def affords(self, rounds: int, fits: int = 1) -> bool:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
-        return self.spent(rounds) <= self.epsilon
+        return self.spent(rounds, fits=fits) <= self.epsilon
 
 
 class _Distributed(_Promise):
@@ -58,6 +64,7 @@ class _Distributed(_Promise):
     units: int
     dimension: int
     counted: bool
+    statistics: Statistics | None
 
     def event(
         self, observer: Observer
@@ -85,9 +92,65 @@ class _Distributed(_Promise):
         """What one charged round costs against the server and the colluding sites."""
         return accounting.Repeated(self.event(Observer.OTHERS), 1)
 
-    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+    def cost(
+        self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1
+    ) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
-        return accounting.cost([accounting.Repeated(self.event(observer), rounds)], self.delta)
+        training = accounting.Repeated(self.event(observer), rounds)
+        return accounting.cost([training, *_fitted(self.statistics, fits)], self.delta)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What preprocessing is fitted from, before the first round: one noisy sum a stage.
+
+    Every training record (or person) is in each of them. They are charged against `OTHERS`,
+    whoever looks.
+    """
+
+    stages: tuple[accounting.PoissonDiscreteGaussianSum, ...]
+
+    @classmethod
+    def calibrate(
+        cls, sums: Sequence[tuple[float, int]], shares: int, epsilon: float, delta: float
+    ) -> Self:
+        """The least noise at which all stages together cost at most `epsilon`.
+
+        sums: the sensitivity and dimension of each; shares: of the noise, those that nobody else
+        knows. Raises ConfigurationError where no noise that an integer holds reaches it.
+        """
+
+        def made(multiplier: float) -> Self:
+            scale = multiplier / math.sqrt(shares)
+            return cls(
+                tuple(
+                    accounting.PoissonDiscreteGaussianSum(
+                        max(2.0, scale * sensitivity), shares, sensitivity, dimension, 1.0
+                    )
+                    for sensitivity, dimension in sums
+                )
+            )
+
+        try:
+            return made(
+                accounting.least(
+                    lambda z: accounting.epsilon(made(z).cost(1), delta), epsilon, 0.05, 1.0
+                )
+            )
+        except ValueError as error:
+            raise ConfigurationError(
+                f"statistics at epsilon {epsilon:.3g} would be noise alone ({error}): raise "
+                "privacy.epsilon or preprocessing.share, or fit less"
+            ) from None
+
+    def cost(self, times: int) -> tuple[accounting.Repeated, ...]:
+        """Every stage, `times` times."""
+        return tuple(accounting.Repeated(event, times) for event in self.stages)
+
+
+def _fitted(statistics: Statistics | None, times: int) -> tuple[accounting.Repeated, ...]:
+    return statistics.cost(times) if statistics is not None else ()
 
 
 @final
@@ -120,10 +183,16 @@ class RecordLocal(_Promise):
     dimension: int
     unit: Unit = "record"
     counted: bool = False
+    statistics: Statistics | None = None
 
     @classmethod
     def calibrate(
-        cls, privacy: config.Privacy, rounds: int, steps_per_round: int, dimension: int
+        cls,
+        privacy: config.Privacy,
+        rounds: int,
+        steps_per_round: int,
+        dimension: int,
+        statistics: Statistics | None = None,
     ) -> Self:
         """The plan whose cost for `rounds` (and the spare ones) meets privacy.epsilon.
 
@@ -134,8 +203,9 @@ class RecordLocal(_Promise):
         _check_reachable(privacy, steps)
         counted = clipping.counted(privacy)
         distance = integers.hardening_distance(_FINE_NOISE / 2, dimension + counted)
+        beside = _fitted(statistics, 1)
         noise = accounting.noise_multiplier(
-            privacy.epsilon, privacy.delta, privacy.rate, steps, distance
+            privacy.epsilon, privacy.delta, privacy.rate, steps, distance, beside
         )
         return cls(
             privacy.epsilon,
@@ -148,6 +218,7 @@ class RecordLocal(_Promise):
             dimension,
             privacy.unit,
             counted,
+            statistics,
         )
 
     @property
@@ -177,11 +248,14 @@ class RecordLocal(_Promise):
         step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
         return accounting.Repeated(step, self.steps_per_round)
 
-    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
+    def cost(
+        self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1
+    ) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`: against every observer the same."""
         del observer
         step, times = self.per_round.event, self.per_round.times
-        return accounting.cost([accounting.Repeated(step, rounds * times)], self.delta)
+        training = accounting.Repeated(step, rounds * times)
+        return accounting.cost([training, *_fitted(self.statistics, fits)], self.delta)
 
     def share_error(self, sites: int) -> float:
         """The deviation of noise in a round's mean share of records within the clip."""
@@ -250,6 +324,7 @@ class RecordDistributed(_Distributed):
     beta: float
     unit: Unit = "record"
     counted: bool = False
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
         _positive(epsilon=self.epsilon, clip=self.clip, units=self.units, beta=self.beta)
@@ -265,6 +340,7 @@ class RecordDistributed(_Distributed):
         cohort: Cohort,
         dimension: int,
         inflation: float = 0.02,
+        statistics: Statistics | None = None,
     ) -> Self:
         """The plan whose cost for `rounds` (and the spare ones) meets privacy.epsilon.
 
@@ -276,8 +352,9 @@ class RecordDistributed(_Distributed):
         """
         total = rounds + privacy.spare_rounds
         _check_reachable(privacy, total)
+        beside = _fitted(statistics, 1)
         multiplier = accounting.noise_multiplier(
-            privacy.epsilon, 0.97 * privacy.delta, privacy.rate, total
+            privacy.epsilon, 0.97 * privacy.delta, privacy.rate, total, beside=beside
         )
         beta = privacy.delta / (100 * total)
         shares = cohort.shares(Observer.OTHERS)
@@ -300,6 +377,7 @@ class RecordDistributed(_Distributed):
                 beta,
                 privacy.unit,
                 counted,
+                statistics,
             )
 
         about = max(2.0, multiplier * plan(2.0).sensitivity / math.sqrt(shares))
@@ -390,6 +468,7 @@ class SiteDistributed(_Distributed):
     units: int
     deviation: float
     counted: bool = False
+    statistics: None = None
 
     def __post_init__(self) -> None:
         _positive(epsilon=self.epsilon, clip=self.clip, units=self.units)
