@@ -16,12 +16,24 @@ from protocols.identity import digest
 from protocols.keystream import Keystream, Randomness, Seed
 from securefl import config
 from securefl.config import ConfigurationError, Experiment
+from securefl.messages import TRAIN, Task
+from securefl.preprocessing import NOISY, Precision, Preprocessor
 from securefl.privacy import clipping
-from securefl.privacy.plan import Cohort, Plan, RecordDistributed, RecordLocal, SiteDistributed
+from securefl.privacy.ledger import Release
+from securefl.privacy.plan import (
+    Cohort,
+    Observer,
+    Plan,
+    RecordDistributed,
+    RecordLocal,
+    SiteDistributed,
+    Statistics,
+)
 from securefl.privacy.rotation import Rotation, block
 from securefl.pruning import fewest_surviving
 from securefl.replicas import Standing
 from securefl.state import GlobalState
+from securefl.tallies import EXACT_BINS, NOISY_BINS, NOISY_BITS, Tally
 
 OVERFLOW: Final = 2.0**-40
 """The most probability of noise that wraps one coordinate of one sum."""
@@ -34,11 +46,20 @@ def _calibrated(
     steps: int,
     cohort: Cohort | None,
     dimension: int,
+    sums: tuple[tuple[float, int], ...],
+    share: float,
 ) -> Plan:
     if isinstance(privacy, config.Privacy):
+        statistics = None
+        if sums:
+            shares = 1 if cohort is None else cohort.shares(Observer.OTHERS)
+            spend = share * privacy.epsilon, privacy.delta
+            statistics = Statistics.calibrate(sums, shares, *spend)
         if cohort is None:
-            return RecordLocal.calibrate(privacy, rounds, steps, dimension)
-        return RecordDistributed.calibrate(privacy, rounds, cohort, dimension)
+            return RecordLocal.calibrate(privacy, rounds, steps, dimension, statistics)
+        return RecordDistributed.calibrate(
+            privacy, rounds, cohort, dimension, statistics=statistics
+        )
     assert cohort is not None  # noqa: S101 - a site's noise is distributed
     total = rounds + privacy.spare_rounds
     return SiteDistributed.calibrate(
@@ -57,13 +78,107 @@ def plan(experiment: Experiment, sites: int, dimension: int) -> Plan | None:
 
     dimension: parameters of the dense model.
     """
-    privacy, cohort = experiment.privacy, None
+    privacy, steps = experiment.privacy, experiment.training.local_steps
     if privacy is None:
         return None
-    if privacy.noise == "distributed":
-        cohort = Cohort(sites, thresholds(experiment, sites).minimum, tolerated(experiment))
-    steps = experiment.training.local_steps
-    return _calibrated(privacy, experiment.rounds, steps, cohort, dimension)
+    sums: tuple[tuple[float, int], ...] = ()
+    share = 0.0
+    fitting = preprocessor(experiment, sites)
+    if fitting is not None and experiment.preprocessing is not None:
+        stages = range(fitting.stages)
+        sums = tuple((fitting.sensitivity(stage), fitting.dimension(stage)) for stage in stages)
+        share = experiment.preprocessing.share
+    cohort = _cohort(experiment, sites)
+    return _calibrated(privacy, experiment.rounds, steps, cohort, dimension, sums, share)
+
+
+def _cohort(experiment: Experiment, sites: int) -> Cohort | None:
+    """Whose noise a plan may count on; None where every site's is enough by itself."""
+    if experiment.privacy is None or experiment.privacy.noise == "local":
+        return None
+    return Cohort(sites, thresholds(experiment, sites).minimum, tolerated(experiment))
+
+
+def preprocessor(experiment: Experiment, sites: int) -> Preprocessor | None:
+    """What makes features of a schema's columns; None where records come as features."""
+    if experiment.preprocessing is None:
+        return None
+    return Preprocessor(experiment.data, experiment.preprocessing, _precision(experiment, sites))
+
+
+def _precision(experiment: Experiment, sites: int) -> Precision:
+    exact = Precision.exact(PROTOCOLS[experiment.protocol.name].slot_bits(sites))
+    return exact if experiment.privacy is None else NOISY
+
+
+def tally(experiment: Experiment, sites: int) -> Tally | None:
+    """What test rows are counted with at the sites; None where nothing is."""
+    schema, evaluation = experiment.data.agreed, experiment.evaluation
+    if schema is None or evaluation is None:
+        return None
+    noisy = experiment.privacy is not None and evaluation.protected
+    # Of at most 2^24 test rows no exact sum leaves its slot.
+    exact_bits = min(20, PROTOCOLS[experiment.protocol.name].slot_bits(sites) - 25)
+    return Tally(
+        classes=len(schema.classes),
+        target_range=schema.target_range,
+        bins=evaluation.bins or (NOISY_BINS if noisy else EXACT_BINS),
+        threshold=evaluation.threshold,
+        bits=NOISY_BITS if noisy else exact_bits,
+    )
+
+
+def evaluations(experiment: Experiment) -> int:
+    """How often the model is evaluated, if all rounds take place."""
+    evaluation = experiment.evaluation
+    if evaluation is None:
+        return 0
+    return -(-experiment.rounds // (evaluation.every or experiment.rounds))
+
+
+def evaluation_release(experiment: Experiment, sites: int) -> Release | None:
+    """What all evaluations together may cost a test row; None where no noise covers them.
+
+    As much as training may cost the others, for no training reads a test row.
+    """
+    counting, privacy = tally(experiment, sites), experiment.privacy
+    if counting is None or privacy is None or experiment.evaluation is None:
+        return None
+    if not experiment.evaluation.protected:
+        return None
+    cohort = _cohort(experiment, sites)
+    shares = 1 if cohort is None else cohort.shares(Observer.OTHERS)
+    times, spare = evaluations(experiment), min(1, privacy.spare_rounds)
+    sums = (counting.sensitivity, counting.dimension)
+    return _evaluated(sums, shares, times, spare, privacy.epsilon, privacy.delta)
+
+
+@lru_cache(maxsize=64)
+def _evaluated(
+    sums: tuple[float, int], shares: int, times: int, spare: int, epsilon: float, delta: float
+) -> Release:
+    every = (sums,) * (times + spare)
+    [event] = Statistics.calibrate(every, shares, epsilon, delta).stages[:1]
+    return Release(Task("evaluate").release, event, times, spare, held_out=True)
+
+
+def releases(experiment: Experiment, sites: int, plan: Plan | None) -> tuple[Release, ...]:
+    """Everything that a site is charged for besides rounds of training."""
+    found = []
+    if plan is not None and plan.statistics is not None:
+        # What a spare one costs is taken from the spare rounds (`Plan.affords`).
+        found = [
+            Release(Task("fit", stage).release, event, 1, 1, held_out=False)
+            for stage, event in enumerate(plan.statistics.stages)
+        ]
+    tested = evaluation_release(experiment, sites)
+    return (*found, tested) if tested is not None else tuple(found)
+
+
+def sum_encoding(experiment: Experiment, cohort: int) -> Integers:
+    """How a vector of integers that is no update becomes slots: one integer a slot."""
+    slot_bits = PROTOCOLS[experiment.protocol.name].slot_bits(cohort)
+    return Integers(slot_bits, 1.0, cohort, slot_bits)
 
 
 def encoding(experiment: Experiment, cohort: int, plan: Plan | None) -> Encoding:
@@ -189,9 +304,15 @@ def public_weights(experiment: Experiment) -> Mapping[str, int] | None:
     return aggregation.weights if aggregation.weighting == "declared" else None
 
 
-def binding(experiment: Experiment, state: GlobalState | Standing, encoding: Encoding) -> bytes:
-    """SHA-256 over the experiment, the weights and pruning mask, and the encoding (32 bytes)."""
-    return digest("binding", experiment.digest(), state.digest(), repr(encoding).encode())
+def binding(
+    experiment: Experiment,
+    state: GlobalState | Standing | None,
+    encoding: Encoding,
+    task: Task = TRAIN,
+) -> bytes:
+    """SHA-256 over the experiment, weights and pruning mask, encoding and task (32 bytes)."""
+    model = state.digest() if state is not None else b""
+    return digest("binding", experiment.digest(), model, repr(encoding).encode(), task.digest())
 
 
 def reproducible_randomness(seed: int, *context: str | int) -> Randomness:

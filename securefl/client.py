@@ -19,12 +19,15 @@ from protocols.errors import ProtocolError, RefusedError
 from protocols.identity import Identity, digest
 from protocols.keystream import Keystream, Randomness, Seed
 from protocols.masked_bfv import Revealed
+from protocols.noise import DiscreteGaussian
 from protocols.rounds import Expected
-from securefl import agreement, config, models
+from securefl import agreement, config, evaluation, models
 from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
-from securefl.data import Table
-from securefl.messages import Answer, Refusal, Request, printable
+from securefl.data import Frame, Records, Table, held_out
+from securefl.data.frames import shares
+from securefl.messages import TRAIN, Answer, Refusal, Request, Task, printable
+from securefl.preprocessing import Fitted
 from securefl.privacy import clipping
 from securefl.privacy.ledger import Account, BudgetSpentError, Holding, SignedHead
 from securefl.privacy.rotation import Rotation
@@ -37,15 +40,29 @@ from securefl.store import SiteStore
 
 @dataclass(slots=True)
 class _Round:
-    """A round this site is in: where its protocol stands, and what it already said."""
+    """A round this site is in: where its protocol stands, and what it already said.
+
+    model: what is trained or evaluated; None where preprocessing is fitted. randomness: of what the
+    site contributes.
+    """
 
     number: int
-    model: GlobalState
+    task: Task
+    model: GlobalState | None
     base: Standing | None
     rotation: Rotation | None
     protocol_state: Any
-    training: Randomness
+    randomness: Randomness
     said: dict[str, tuple[bytes, Answer]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Records as features, by what preprocessing was fitted to."""
+
+    fitted: bytes
+    trainer: Trainer
+    test: Table | None
 
 
 class Client:
@@ -60,33 +77,43 @@ class Client:
         experiment: Experiment,
         identity: Identity,
         session: bytes,
-        table: Table,
+        records: Records,
         store: SiteStore,
         holding: Holding | None = None,
     ) -> None:
-        name = identity.name
-        check_records(name, table, experiment)
+        name, sites = identity.name, len(identity.roster)
+        self._preprocessor = agreement.preprocessor(experiment, sites)
+        self._tally = agreement.tally(experiment, sites)
+        self._test: Frame | None = None
+        if isinstance(records, Frame):
+            records, self._test = held_out(records, experiment)
+        check_records(name, records, experiment)
+        self._records = records
         self._experiment = experiment
         self._identity = identity
         self._session = session
         self._store = store
         self._holding = holding
         self._protocol = PROTOCOLS[experiment.protocol.name]
-        self._thresholds = agreement.thresholds(experiment, len(identity.roster))
-        self._weight = _weight(name, table, experiment)
-        module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
-        self._layout = models.layout(module)
-        self._size = self._layout.size
-        self._plan = agreement.plan(experiment, len(identity.roster), self._size)
-        self._encoding = agreement.encoding(experiment, len(identity.roster), self._plan)
-        self._rule = server_rule(experiment.aggregation)
-        start = Replica.start(first_state(module, self._rule))
-        loss = models.loss(experiment.model, table.task)
-        device = resolve_device(experiment.device)
-        person = protected_by(experiment)
-        self._trainer = Trainer(
-            module, loss, table, experiment.training, self._plan, device, person
+        self._thresholds = agreement.thresholds(experiment, sites)
+        self._weight = _weight(name, records, experiment)
+        features = records if isinstance(records, Table) else self._preprocessor
+        assert features is not None  # noqa: S101 - frames come with a schema
+        self._module = models.build(
+            experiment.model, features.shape, features.outputs, experiment.seed
         )
+        self._layout = models.layout(self._module)
+        self._size = self._layout.size
+        self._plan = agreement.plan(experiment, sites, self._size)
+        self._releases = {r.name: r for r in agreement.releases(experiment, sites, self._plan)}
+        self._encoding = agreement.encoding(experiment, sites, self._plan)
+        self._rule = server_rule(experiment.aggregation)
+        start = Replica.start(first_state(self._module, self._rule))
+        self._loss = models.loss(experiment.model, records.task)
+        self._device = resolve_device(experiment.device)
+        self._prepared: _Prepared | None = None
+        if isinstance(records, Table):
+            self._prepared = _Prepared(b"", self._made(records, self._loss), None)
         self._round: _Round | None = None
         self._turn = threading.Lock()  # an engine may ask twice at once
         promise = digest("promise", experiment.digest(), repr(self._plan).encode())
@@ -94,7 +121,7 @@ class Client:
         self._account: Account | None = None
         privacy = experiment.privacy
         if holding is not None and privacy is not None and self._plan is not None:
-            holding.ledger.observe(holding.dataset, _identifying(table, person))
+            holding.ledger.observe(holding.dataset, self._identifying(protected_by(experiment)))
             self._account = holding.ledger.open(
                 holding.dataset,
                 holding.run,
@@ -104,10 +131,11 @@ class Client:
                 per_round=self._plan.per_round,
                 rounds=experiment.rounds + privacy.spare_rounds,
                 epsilon=self._plan.epsilon,
+                releases=tuple(self._releases.values()),
             )
         self._replicas: Replicas | None = None
         if experiment.protocol.reveal == "sites":
-            agreed, quorum = experiment.digest(), agreement.quorum(experiment, len(identity.roster))
+            agreed, quorum = experiment.digest(), agreement.quorum(experiment, sites)
             self._replicas = Replicas(store.models, identity, session, agreed, quorum, start)
 
     def close(self) -> None:
@@ -120,6 +148,36 @@ class Client:
     def name(self) -> str:
         """The site this client acts for."""
         return self._identity.name
+
+    def _made(self, table: Table, loss: models.Loss) -> Trainer:
+        experiment, person = self._experiment, protected_by(self._experiment)
+        parts = (table, experiment.training, self._plan, self._device, person)
+        return Trainer(self._module, loss, *parts)
+
+    def _identifying(self, person: str | None) -> Iterator[bytes]:
+        """What tells one record from another, or one person; test rows too."""
+        if isinstance(self._records, Table):
+            yield from _identifying(self._records, person)
+            return
+        for part in (self._records, self._test):
+            yield from part.identities(person) if part is not None else ()
+
+    def _prepare(self, fitted: bytes) -> _Prepared:
+        """The records as features; made anew where preprocessing was fitted to something else."""
+        if self._prepared is not None and self._prepared.fitted == fitted:
+            return self._prepared
+        if self._preprocessor is None or not isinstance(self._records, Frame):
+            raise RefusedError("the server sends fitted values, and records come as features")
+        try:
+            told = Fitted.from_bytes(fitted)
+            table = self._preprocessor.apply(told, self._records)
+        except ValueError as error:
+            raise RefusedError(f"the fitted values do not fit the schema: {error}") from None
+        test = self._preprocessor.apply(told, self._test) if self._test is not None else None
+        loss = models.weighted(self._loss, told.weights)
+        self._prepared = None  # its features must not lie beside the new ones
+        self._prepared = _Prepared(fitted, self._made(table, loss), test)
+        return self._prepared
 
     def answer(self, data: bytes) -> bytes:
         """The reply to one request from the server, or a Refusal that says why there is none.
@@ -174,7 +232,7 @@ class Client:
 
     def _move(self, current: _Round, revealed: Revealed) -> None:
         """Apply the aggregate that this site opened; the new copy is durable on return."""
-        if self._replicas is None or current.base is None:
+        if self._replicas is None or current.base is None or current.model is None:
             raise ValueError("an aggregate to keep, and no copy of the model to move by it")
         mean = revealed.aggregate.mean
         if current.rotation is not None:
@@ -189,35 +247,54 @@ class Client:
         if request.round <= self._store.last_round:
             raise RefusedError(f"round {request.round} was entered before: take a new number")
         self._keep(request.heads)
-        base = None
-        if self._replicas is None:
-            model = GlobalState.from_message(request.model, self._size)
-        else:
+        task, base, model = request.task, None, None
+        if (task.kind == "fit") != (not request.model):
+            raise RefusedError(f'a round to "{task.kind}" has no use for what it shows of a model')
+        if (task != TRAIN or self._preprocessor is not None) and not task.fitted:
+            raise RefusedError(f'a round to "{task.kind}" needs what preprocessing was fitted to')
+        if self._replicas is not None:
             base = Standing.from_bytes(request.model)
             model = self._replicas.get(base).state
-        training: Randomness = os.urandom
+        elif task.kind != "fit":
+            model = GlobalState.from_message(request.model, self._size)
+        drawn: Randomness = os.urandom
         if self._experiment.not_private_seed is not None:
-            training = agreement.reproducible_randomness(
-                self._experiment.not_private_seed, self.name, model.update
-            )
-        if model.clip_scale != 1 and not clipping.counted(self._experiment.privacy):
-            raise RefusedError("the server moves the clip, which the experiment holds fixed")
-        length = clipping.upload_length(self._experiment, model.surviving)
-        rotation = agreement.rotation(self._experiment, self._plan, model.update, length)
+            update = model.update if model is not None else 0
+            context = (self.name, update) if task.kind == "train" else (self.name, task.release)
+            drawn = agreement.reproducible_randomness(self._experiment.not_private_seed, *context)
+        rotation = None
+        if task.kind == "train" and model is not None:
+            if model.clip_scale != 1 and not clipping.counted(self._experiment.privacy):
+                raise RefusedError("the server moves the clip, which the experiment holds fixed")
+            encoding = self._encoding
+            length = clipping.upload_length(self._experiment, model.surviving)
+            rotation = agreement.rotation(self._experiment, self._plan, model.update, length)
+        else:
+            encoding = agreement.sum_encoding(self._experiment, len(self._identity.roster))
+            length = self._length(task)
         expected = Expected(
             identity=self._identity,
             session=self._session,
             round=request.round,
-            binding=agreement.binding(self._experiment, base or model, self._encoding),
+            binding=agreement.binding(self._experiment, base or model, encoding, task),
             minimum=self._thresholds.minimum,
-            encoding=self._encoding,
+            encoding=encoding,
             length=length,
             tolerated=agreement.tolerated(self._experiment),
             degree=self._thresholds.degree,
             reveal=self._experiment.protocol.reveal,
-            weights=agreement.public_weights(self._experiment),
+            weights=agreement.public_weights(self._experiment) if task.kind == "train" else None,
         )
-        return _Round(request.round, model, base, rotation, expected, training)
+        return _Round(request.round, task, model, base, rotation, expected, drawn)
+
+    def _length(self, task: Task) -> int:
+        """How many integers a site gives for another task than training."""
+        fitting = self._preprocessor
+        if task.kind == "fit" and fitting is not None and task.stage < fitting.stages:
+            return fitting.dimension(task.stage)
+        if task.kind == "evaluate" and self._tally is not None:
+            return self._tally.dimension
+        raise RefusedError(f"nothing is agreed on to {task.kind} (stage {task.stage})")
 
     def _keep(self, heads: Mapping[str, SignedHead]) -> None:
         """Keep what peers signed of their ledgers, so that one who alters a ledger shows."""
@@ -227,29 +304,25 @@ class Client:
             self._account.ledger.keep(heads)
 
     def _contribute(self, current: _Round) -> Iterator[NDArray[np.uint64]]:
-        """Train and encode when the protocol asks for the first slot, after it checked the rest."""
-        if self._plan is not None:
-            charged = self._account.last_round if self._account else 0
-            if current.number <= max(self._store.last_charged, charged):
-                raise RefusedError(f"round {current.number} was charged before")
-            spend = self._plan.spent(self._store.charged + 1)
-            if not self._plan.affords(self._store.charged + 1):
-                raise BudgetSpentError(
-                    f"{self.name}: one more round would bring epsilon to {spend:.3f}, "
-                    f"above the promised {self._plan.epsilon:g}"
-                )
-            self._charge(current.number)
-        model = current.model
+        """Train (or count) and encode when the protocol asks for the first slot, after it checked
+        the rest."""
+        self._charge_for(current)
+        if current.task.kind != "train":
+            encoding = agreement.sum_encoding(self._experiment, len(self._identity.roster))
+            yield from encoding.encode(self._summed(current))
+            return
+        model, trainer = current.model, self._prepare(current.task.fitted).trainer
+        assert model is not None  # noqa: S101 - a round of training has one
         if isinstance(self._encoding, Integers):
-            noised = self._trainer.noised_sum(
-                model.weights, model.mask, current.training, model.clip_scale, current.rotation
+            noised = trainer.noised_sum(
+                model.weights, model.mask, current.randomness, model.clip_scale, current.rotation
             )
             yield from self._encoding.encode(noised)
             return
-        update = self._trainer.update(model.weights, model.mask, current.training, model.clip_scale)
+        update = trainer.update(model.weights, model.mask, current.randomness, model.clip_scale)
         excess = clipping.uploaded(self._experiment, update[self._size :])
         update = np.append(update[: self._size][model.mask], excess)
-        rounding = Keystream(Seed.draw(current.training), "rounding")
+        rounding = Keystream(Seed.draw(current.randomness), "rounding")
         try:
             slots = self._encoding.encode(update, self._weight, rounding)
         except ValueError:
@@ -258,20 +331,89 @@ class Client:
             ) from None
         yield from slots
 
-    def _charge(self, round_number: int) -> None:
+    def _summed(self, current: _Round) -> NDArray[np.int64]:
+        """What this site adds to a sum of another task, with its share of noise under a plan."""
+        task = current.task
+        if task.kind == "fit":
+            assert self._preprocessor is not None  # noqa: S101 - `_length` saw to it
+            assert isinstance(self._records, Frame)  # noqa: S101
+            try:
+                before = Fitted.from_bytes(task.fitted)
+                share = self._records.share(protected_by(self._experiment))
+                total = self._preprocessor.encode(task.stage, before, self._records, share)
+            except ValueError as error:
+                raise RefusedError(f"{self.name} cannot be summed: {error}") from None
+        else:
+            total = self._counted(current)
+        release = self._releases.get(task.release)
+        if release is None:
+            return total
+        noise = DiscreteGaussian(release.event.deviation)
+        seed = Seed.draw(current.randomness)
+        return total + noise.sample(Keystream(seed, "discrete gaussian noise"), len(total))
+
+    def _counted(self, current: _Round) -> NDArray[np.int64]:
+        """The counts of the model on this site's test rows; its own figures stay in its store."""
+        assert self._tally is not None  # noqa: S101 - `_length` saw to it
+        test, model = self._prepare(current.task.fitted).test, current.model
+        if test is None or model is None or not len(test):
+            return np.zeros(self._tally.dimension, np.int64)
+        models.assign(self._module, model.weights)
+        outputs, losses = evaluation.forward(self._module, self._loss, test, self._device)
+        person = protected_by(self._experiment)
+        share = shares(test.groups[person]) if person is not None else None
+        own = self._tally.local(outputs, losses, test.target)
+        self._store.keep_figures(model.update, own.values)
+        return self._tally.encode(outputs, losses, test.target, share)
+
+    def _charge_for(self, current: _Round) -> None:
+        """Charge the round, before a record is read for it; BudgetSpentError where it costs more
+        than was promised."""
+        plan, task = self._plan, current.task
+        release = self._releases.get(task.release)
+        if plan is None or (task.kind != "train" and release is None):
+            return
+        charged = self._account.last_round if self._account else 0
+        if current.number <= max(self._store.last_charged, charged):
+            raise RefusedError(f"round {current.number} was charged before")
+        if release is not None and self._store.released(release.name) >= (
+            release.times + release.spare
+        ):
+            raise BudgetSpentError(
+                f"{self.name}: {release.name} was charged as often as the plan allows"
+            )
+        if release is None or not release.held_out:
+            rounds, fits = self._charges(task)
+            if not plan.affords(rounds, fits):
+                raise BudgetSpentError(
+                    f"{self.name}: one more round would bring epsilon to "
+                    f"{plan.spent(rounds, fits=fits):.3f}, above the promised {plan.epsilon:g}"
+                )
+        self._charge(current.number, task.release)
+
+    def _charges(self, task: Task) -> tuple[int, int]:
+        """Rounds of training, and how often statistics, were charged when `task` is, too."""
+        fits = [
+            self._store.released(name) + (name == task.release)
+            for name, release in self._releases.items()
+            if not release.held_out
+        ]
+        return self._store.charged + (task.kind == "train"), max(1, *fits) if fits else 1
+
+    def _charge(self, round_number: int, release: str) -> None:
         """Charge the ledger, then this run's own count: a crash between leaves the ledger ahead."""
         if self._account is not None:
             try:
-                self._account.charge(round_number)
+                self._account.charge(round_number, release)
             except BudgetSpentError as error:
                 raise BudgetSpentError(f"{self.name}: {error}") from None
-        self._store.charge(round_number)
+        self._store.charge(round_number, release)
 
 
-def check_records(name: str, table: Table, experiment: Experiment) -> None:
+def check_records(name: str, table: Records, experiment: Experiment) -> None:
     """ConfigurationError when this site's records cannot be trained on as the experiment says."""
     _weight(name, table, experiment)
-    drawn = experiment.sites.partition != "column"
+    drawn = isinstance(table, Table) and experiment.sites.partition != "column"
     if drawn and table.task == "classification" and len(np.unique(table.target)) < 2:
         held = table.classes[int(table.target[0])] if len(table) else "no"
         raise ConfigurationError(
@@ -310,10 +452,10 @@ def _identifying(table: Table, person: str | None) -> Iterator[bytes]:
 def protected_by(experiment: Experiment) -> str | None:
     """The column that says whose a row is, where people and not records are protected."""
     privacy = experiment.privacy
-    return experiment.data.person if privacy and privacy.unit == "person" else None
+    return experiment.data.person_column if privacy and privacy.unit == "person" else None
 
 
-def _weight(name: str, table: Table, experiment: Experiment) -> int:
+def _weight(name: str, table: Records, experiment: Experiment) -> int:
     aggregation = experiment.aggregation
     if aggregation.weighting == "declared":
         if name not in aggregation.weights:

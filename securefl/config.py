@@ -179,11 +179,14 @@ class Evaluation(Section):
 
 
 class Sites(Section):
-    """Who takes part, and which records each one holds in a simulation."""
+    """Who takes part, and which records each one holds in a simulation.
+
+    With `partition` = "file" every file of `data.path` is a site.
+    """
 
     count: Count | None = None
     names: tuple[SiteName, ...] | None = None
-    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    partition: Literal["iid", "dirichlet", "column", "file"] = "iid"
     alpha: Positive = 1.0
     column: str | None = None
 
@@ -196,7 +199,7 @@ class Sites(Section):
         if self.partition == "column":
             if self.column is None:
                 raise ValueError('partition = "column" needs column = "NAME"')
-        elif self.names is None and self.count is None:
+        elif self.partition != "file" and self.names is None and self.count is None:
             raise ValueError("say count = N or names = [...]")
         return self
 
@@ -466,7 +469,16 @@ class Experiment(Section):
             for key in ("preprocessing", "evaluation"):
                 if getattr(self, key) is not None:
                     raise ValueError(f'[{key}] needs data.schema = "FILE"')
+            if self.sites.partition == "file":
+                raise ValueError('sites.partition = "file" needs data.schema = "FILE"')
             return
+        if self.data.path is None and self.sites.names is None:
+            raise ValueError("without data.path every site brings its own file: say sites.names")
+        if self.privacy is not None and self.privacy.unit == "site":
+            raise ValueError(
+                'privacy.unit = "site" does not cover sums over the records of a site, which '
+                'preprocessing and test figures are made of: use "record" or "person"'
+            )
         if self.protocol.reveal == "sites":
             raise ValueError(
                 'protocol.reveal = "sites" hides every sum from the server, which fits '

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
 from protocols.errors import MalformedMessageError
+from protocols.identity import digest
 from protocols.messages import Message, PublicKey, SessionId, SiteName
 from securefl.privacy.clipping import LEAST, MOST
 from securefl.privacy.ledger import SignedHead
@@ -16,10 +17,36 @@ MOST_HEADS = 16
 """How many peers' heads a request carries at most."""
 
 
+class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a round is for.
+
+    "train": an update of the model. "fit": the sums of one stage of preprocessing. "evaluate": the
+    counts that test figures are told from. fitted: what preprocessing was fitted to so far, a
+    `preprocessing.Fitted`; empty where records come as features.
+    """
+
+    kind: Literal["train", "fit", "evaluate"] = "train"
+    stage: Annotated[int, Meta(ge=0, le=16)] = 0
+    fitted: bytes = b""
+
+    def digest(self) -> bytes:
+        """What a round for this task is bound to (32 bytes)."""
+        return digest("task", self.kind.encode(), self.stage.to_bytes(1, "big"), self.fitted)
+
+    @property
+    def release(self) -> str:
+        """The name under which the round is charged; empty for training."""
+        return {"train": "", "fit": f"statistics-{self.stage}", "evaluate": "evaluation"}[self.kind]
+
+
+TRAIN: Final = Task()
+
+
 class Request(Message, frozen=True):
     """S -> C: one phase of one round.
 
-    In the first phase only: model, a `ModelMessage`; heads, of some peers' ledgers, by site.
+    In the first phase only: model, a `ModelMessage`, but for a task "fit"; heads, of some peers'
+    ledgers, by site; task.
     """
 
     session: SessionId
@@ -30,6 +57,7 @@ class Request(Message, frozen=True):
     heads: Annotated[dict[SiteName, SignedHead], Meta(max_length=MOST_HEADS)] = msgspec.field(
         default_factory=dict
     )
+    task: Task = TRAIN
 
 
 class Answer(Message, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +209,18 @@ def loss(model: Model, task: str) -> Loss:
     if model.loss not in ("auto", fitting):
         raise ConfigurationError(f'model.loss = "{model.loss}" is not for {task}: use "{fitting}"')
     return _cross_entropy if task == "classification" else _squared_error
+
+
+def weighted(loss: Loss, weights: Sequence[float]) -> Loss:
+    """`loss` with every sample's share weighed by that of its class; without weights as it is."""
+    if not weights:
+        return loss
+    told = torch.tensor(weights, dtype=torch.float32)
+
+    def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
+        return loss(outputs, targets) * told.to(outputs.device)[targets]
+
+    return per_sample
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

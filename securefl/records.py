@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -24,6 +24,10 @@ SITES = "sites.txt"
 """Where the sites of a simulation have folders of their own."""
 SUMMARY = "summary.json"
 REPORT = "report.html"
+PREPROCESSING = "preprocessing.json"
+"""What preprocessing was fitted to."""
+EVALUATIONS = "evaluations.jsonl"
+"""Test figures from sums over the sites, a line an evaluation."""
 
 _MERIT = ("metrics", "metric")  # the fields in which null stands for a figure that is not finite
 
@@ -146,6 +150,12 @@ class Summary(_Record, frozen=True):
     version: str
     epsilon_public: float | None = None
     """Against whoever sees only the released models, where that is another figure."""
+    intervals: dict[str, tuple[float, float]] = {}
+    """95 % intervals of figures in `metric` that come from sums over the sites."""
+    trained_on: float | None = None
+    """Training records (or people) of all sites, as preprocessing counted them."""
+    counted: Literal["records", "people"] = "records"
+    """What `trained_on` counts."""
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.parameters < 1:

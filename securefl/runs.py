@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Protocol, final
+from typing import Any, Protocol, TypeVar, final
 
 import msgspec
 import numpy as np
@@ -24,23 +25,29 @@ from protocols.identity import Roster
 from protocols.rounds import make_identities
 from securefl import agreement, models, replicas, simulation, store
 from securefl.algorithms import server_rule
-from securefl.client import Client, resolve_device
+from securefl.client import Client, protected_by, resolve_device
 from securefl.config import ConfigurationError, Experiment
 from securefl.engines import Exchange, inprocess
 from securefl.engines.workers import WorkerFailedError, Workers
 from securefl.evaluation import evaluate
-from securefl.privacy.plan import Observer, RecordLocal
+from securefl.messages import Task
+from securefl.preprocessing import Fitted
+from securefl.privacy import accounting
+from securefl.privacy.plan import Observer, Plan, RecordLocal
 from securefl.records import (
+    EVALUATIONS,
     EXPERIMENT,
     METRICS,
+    PREPROCESSING,
     SITES,
     SUMMARY,
+    EvaluationRecord,
     RoundRecord,
     Summary,
     read_history,
 )
 from securefl.replicas import Replica, Standing
-from securefl.server import BudgetsSpentError, Round, Server
+from securefl.server import BudgetsSpentError, Round, Server, Summed, Traffic
 from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import ServerStore, SiteStore
 from securefl.transcript import recorded
@@ -80,6 +87,23 @@ class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     standing: Standing | None = None
     """What is known of the model where the sites hold it, and no checkpoint does."""
 
+
+class _Fitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many stages of preprocessing are fitted, to what, and what they moved."""
+
+    stages: int
+    values: Fitted
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+    def after(self, values: Fitted, traffic: Traffic) -> _Fitted:
+        """With one more stage."""
+        moved = self.bytes_up + sum(traffic.bytes_up.values())
+        spent = self.seconds + round(sum(traffic.seconds.values()), 3)
+        return _Fitted(self.stages + 1, values, moved, spent)
+
+
+_Done = TypeVar("_Done")
 
 Known = GlobalState | Standing
 """The model as the server knows it: itself, or what the sites tell of theirs."""
@@ -180,10 +204,16 @@ class _Job:
         self.consortium = simulation.assemble(experiment)
         if sites is not None:
             simulation.check_folders(sites, self.consortium.sites)
+        elif None in self.consortium.sites.values():
+            raise ConfigurationError(
+                "without data.path every site brings its own file: say where the sites' folders "
+                "are, --sites FOLDER"
+            )
         self.plan = self.consortium.plan
         self.rule = server_rule(experiment.aggregation)
-        test = self.consortium.test
-        self.module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)
+        features = self.consortium.features
+        parts = (features.shape, features.outputs, experiment.seed)
+        self.module = models.build(experiment.model, *parts)
         self.layout = models.layout(self.module)
         self.first = first_state(self.module, self.rule)
         self.start: Known = self.first
@@ -191,7 +221,13 @@ class _Job:
         if experiment.protocol.reveal == "sites":
             self.start = Replica.start(self.first).standing(experiment.digest())
             self._suffix = ".json"
-        self.loss = models.loss(experiment.model, test.task)
+        self.loss = models.loss(experiment.model, features.task)
+        count = len(self.consortium.sites)
+        self.preprocessor = agreement.preprocessor(experiment, count)
+        self.tally = agreement.tally(experiment, count)
+        self.releases = {r.name: r for r in agreement.releases(experiment, count, self.plan)}
+        self.fitted = _Fitted(0, self.preprocessor.start()) if self.preprocessor else None
+        self.remarks: list[str] = []
         self.device = resolve_device(experiment.device)
         strangers = sorted(set(replaced) - set(self.consortium.sites))
         if strangers:
@@ -212,8 +248,10 @@ class _Job:
             server = Server(self.experiment, roster, session, exchange, entered, self.plan)
             if self.sites is not None:
                 self._propose(server, server_store.run(os.urandom))
+            self._fit(folder, server, server_store)
             stopped = self._why_stop(state)
             while stopped is None:
+                self._evaluate(folder, server, server_store, state, records)
                 last = records[-1].round if records else 0
                 result = self._round(server, server_store, last, state)
                 if result is None:
@@ -221,6 +259,7 @@ class _Job:
                 else:
                     state = self._advance(folder, state, records, result)
                     stopped = self._why_stop(state)
+            self._evaluate(folder, server, server_store, state, records, last=True)
         return self._finish(folder, state, records, server_store.last_round, stopped)
 
     def _propose(self, server: Server, run: bytes) -> None:
@@ -230,6 +269,75 @@ class _Job:
         if len(self.consortium.sites) - len(refusals) < least:
             reasons = "; ".join(refusals.values())
             raise RunFailedError(f"too few sites take part: a sum needs {least}: {reasons}")
+
+    def _fit(self, folder: Path, server: Server, numbers: ServerStore) -> None:
+        """Fit preprocessing, stage by stage; each is on disk before the next one begins."""
+        if self.preprocessor is None or self.fitted is None:
+            return
+        self.fitted = store.read(folder / PREPROCESSING, _Fitted) or self.fitted
+        for stage in range(self.fitted.stages, self.preprocessor.stages):
+            before = self.fitted.values
+            task = Task("fit", stage, before.to_bytes())
+            length = self.preprocessor.dimension(stage)
+            ask = partial(server.sum, task=task, length=length)
+            summed = self._attempts(lambda ask=ask: ask(numbers.begin()))
+            if summed is None:
+                raise RunFailedError("too few sites have budget left for statistics")
+            noise = self._noise(task, summed)
+            values = self.preprocessor.fit(stage, before, summed.total, noise)
+            self.fitted = self.fitted.after(values, summed.traffic)
+            store.write(folder / PREPROCESSING, msgspec.json.encode(self.fitted))
+
+    def _noise(self, task: Task, summed: Summed) -> float:
+        """The deviation of all noise in each integer of a sum."""
+        release = self.releases.get(task.release)
+        return release.event.deviation * len(summed.contributors) ** 0.5 if release else 0.0
+
+    def _evaluate(
+        self,
+        folder: Path,
+        server: Server,
+        numbers: ServerStore,
+        state: Known,
+        records: Sequence[RoundRecord],
+        *,
+        last: bool = False,
+    ) -> None:
+        """Test figures from sums over the sites, where `state` is to have any and has none yet."""
+        evaluation = self.experiment.evaluation
+        if self.tally is None or evaluation is None or self.fitted is None or not records:
+            return
+        due = last or (evaluation.every is not None and state.update % evaluation.every == 0)
+        done = [EvaluationRecord.from_json(x) for x in store.whole_lines(folder / EVALUATIONS)]
+        if not due or any(item.update == state.update for item in done):
+            return
+        assert isinstance(state, GlobalState)  # noqa: S101 - Experiment holds this
+        told = replace(state, weights=state.released)
+        task = Task("evaluate", fitted=self.fitted.values.to_bytes())
+        length = self.tally.dimension
+        try:
+            summed = self._attempts(lambda: server.sum(numbers.begin(), task, length, told))
+        except RunFailedError as error:
+            self.remarks.append(f"The model of update {state.update} has no test figures: {error}")
+            return
+        if summed is None:
+            self.remarks.append(
+                f"The model of update {state.update} has no test figures: too few sites have "
+                "budget left for them."
+            )
+            return
+        figures = self.tally.figures(summed.total, self._noise(task, summed))
+        record = EvaluationRecord(
+            update=state.update,
+            round=summed.number,
+            sites=summed.contributors,
+            figures=figures,
+            bytes_up=sum(summed.traffic.bytes_up.values()),
+            seconds=round(sum(summed.traffic.seconds.values()), 3),
+        )
+        store.append_line(folder / EVALUATIONS, record.to_json())
+        metrics = {**records[-1].metrics, **figures.values}
+        self.progress.finished(msgspec.structs.replace(records[-1], metrics=metrics))
 
     def _advance(
         self, folder: Path, state: Known, records: list[RoundRecord], result: Round
@@ -343,9 +451,10 @@ class _Job:
         identities = make_identities(names, os.urandom)
         honest = {
             name: simulation.client(
-                self.experiment, table, identities[name], session, folder / "sites" / name
+                self.experiment, records, identities[name], session, folder / "sites" / name
             )
-            for name, table in self.consortium.sites.items()
+            for name, records in self.consortium.sites.items()
+            if records is not None
         }
         answering: dict[str, inprocess.Answering] = {
             name: self.replaced[name](client) if name in self.replaced else client
@@ -368,9 +477,14 @@ class _Job:
 
     def _round(self, server: Server, numbers: ServerStore, last: int, state: Known) -> Round | None:
         """The next round that succeeds; None when the sites' budgets are spent."""
+        fitted = self.fitted.values.to_bytes() if self.fitted else b""
+        return self._attempts(lambda: server.round(numbers.begin(after=last), state, fitted))
+
+    def _attempts(self, work: Callable[[], _Done]) -> _Done | None:
+        """What `work` gives, asked again after an abort; None when the sites' budgets are spent."""
         for attempt in range(MOST_ABORTS):
             try:
-                return server.round(numbers.begin(after=last), state)
+                return work()
             except BudgetsSpentError:
                 return None
             except WorkerFailedError as error:
@@ -424,6 +538,8 @@ class _Job:
     def _metrics(self) -> dict[str, float]:
         """The test figures, and the mean of the accuracy over sites that a column tells apart."""
         test, sites = self.consortium.test, self.experiment.sites
+        if test is None:
+            return {}
         metrics = evaluate(self.module, self.loss, test, self.device)
         held = test.groups.get(sites.column or "") if sites.partition == "column" else None
         if held is not None and test.classes:
@@ -442,16 +558,38 @@ class _Job:
         return {site: SiteStore(folder / "sites" / site).charged for site in sites}
 
     def _spent(self, folder: Path) -> dict[str, float]:
-        """Epsilon that each site has spent."""
-        if self.plan is None:
+        """Epsilon that each site has spent on any record."""
+        plan = self.plan
+        if plan is None:
             return {}
-        return {site: self.plan.spent(count) for site, count in self._charged(folder).items()}
+        return {
+            site: max(
+                plan.spent(count, fits=self._fits(folder, site)), self._tested(folder, site, plan)
+            )
+            for site, count in self._charged(folder).items()
+        }
+
+    def _fits(self, folder: Path, site: str) -> int:
+        """How often statistics were charged, once at least."""
+        kept = SiteStore(folder / "sites" / site)
+        return max([1, *(kept.released(n) for n, r in self.releases.items() if not r.held_out)])
+
+    def _tested(self, folder: Path, site: str, plan: Plan) -> float:
+        """Epsilon that test figures cost a site's test records, which no training reads."""
+        kept = SiteStore(folder / "sites" / site)
+        counted = [
+            accounting.Repeated(release.event, kept.released(name))
+            for name, release in self.releases.items()
+            if release.held_out
+        ]
+        return accounting.epsilon(counted, plan.delta)
 
     def _spent_publicly(self, folder: Path) -> float | None:
         """Epsilon against whoever sees only the models, where noise is distributed."""
         if self.plan is None or isinstance(self.plan, RecordLocal):
             return None
-        return self.plan.spent(max(self._charged(folder).values()), Observer.PUBLIC)
+        fits = max(self._fits(folder, site) for site in self.consortium.sites)
+        return self.plan.spent(max(self._charged(folder).values()), Observer.PUBLIC, fits)
 
     def _save(self, folder: Path, state: Known, record: RoundRecord) -> None:
         """Make a round durable: first the checkpoint, which is what a resumed run starts from."""
@@ -492,24 +630,38 @@ class _Job:
                 self.layout.names, self.layout.shapes, self.layout.slices(), strict=True
             )
         }
-        test = self.consortium.test
+        features = self.consortium.features
         about = {
             "version": 1,
             "model": self.experiment.model.model_dump(mode="json"),
-            "shape": list(test.shape),
-            "outputs": test.outputs,
-            "task": test.task,
-            "features": list(test.names),
-            "classes": list(test.classes),
+            "shape": list(features.shape),
+            "outputs": features.outputs,
+            "task": features.task,
+            "features": list(features.names),
+            "classes": list(features.classes),
             "scaling": self.experiment.data.model_dump(
                 mode="json", include={"ranges", "default_range", "target_range"}
             ),
+            **self._preprocessed(),
             "update": state.update,
             "sparsity": state.sparsity,
             "private": self._why_not_private() is None,
         }
         store.write(folder / "model.safetensors", save_tensors(tensors))
         store.write(folder / "model.json", json.dumps(about, indent=2).encode() + b"\n")
+
+    def _preprocessed(self) -> dict[str, Any]:
+        """What makes features of a new file's columns: it travels with the model."""
+        schema, preprocessing = self.experiment.data.agreed, self.experiment.preprocessing
+        if schema is None or preprocessing is None or self.fitted is None:
+            return {}
+        return {
+            "schema": schema.model_dump(mode="json", exclude_none=True),
+            "drop": list(self.experiment.data.drop),
+            "preprocessing": preprocessing.model_dump(mode="json", exclude_none=True),
+            "fitted": msgspec.to_builtins(self.fitted.values),
+            "inputs": dict(self.preprocessor.described(self.fitted.values)) if self.preprocessor else {},
+        }
 
     def _summary(
         self,
@@ -522,11 +674,18 @@ class _Job:
         last = records[-1]
         dense = [r for r in records if r.parameters == len(state.weights)][-1]
         finished = {record.round for record in records}
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = defaultdict(float)
         for record in records:
-            seconds.update(record.seconds)
+            for phase, spent in record.seconds.items():
+                seconds[phase] += spent
         plan, experiment = self.plan, self.experiment
         why_not = self._why_not_private()
+        tested = [EvaluationRecord.from_json(x) for x in store.whole_lines(folder / EVALUATIONS)]
+        final = tested[-1].figures if tested and tested[-1].update == state.update else None
+        seconds["evaluate"] += sum(item.seconds for item in tested)
+        seconds["fit"] += self.fitted.seconds if self.fitted else 0.0
+        besides = sum(item.bytes_up for item in tested)
+        besides += self.fitted.bytes_up if self.fitted else 0
         return Summary(
             name=experiment.name,
             protocol=experiment.protocol.name,
@@ -534,7 +693,7 @@ class _Job:
             sites=tuple(self.consortium.sites),
             parameters=len(state.weights),
             sparsity=state.sparsity,
-            metric=last.metrics,
+            metric={**last.metrics, **(final.values if final else {})},
             private=why_not is None,
             why_not_private=why_not,
             epsilon=self._spent(folder),
@@ -545,13 +704,16 @@ class _Job:
             bytes_up_per_parameter=float(np.mean(list(dense.upload_bytes.values())))
             / dense.parameters,
             bytes_up_last_round=sum(last.bytes_up.values()),
-            bytes_up_total=sum(sum(record.bytes_up.values()) for record in records),
-            seconds=dict(seconds),
+            bytes_up_total=besides + sum(sum(record.bytes_up.values()) for record in records),
+            seconds={phase: spent for phase, spent in seconds.items() if spent},
             dropouts={str(r.round): r.dropouts for r in records if r.dropouts},
             aborted_rounds=tuple(n for n in range(1, last_round + 1) if n not in finished),
             stopped=stopped,
             outside_guarantee=self._outside_guarantee(),
             version=importlib.metadata.version("securefl"),
+            intervals=dict(final.intervals) if final else {},
+            trained_on=self.fitted.values.rows if self.fitted and self.fitted.stages else None,
+            counted="people" if protected_by(experiment) else "records",
         )
 
     def _why_not_private(self) -> str | None:
@@ -568,16 +730,20 @@ class _Job:
     def _outside_guarantee(self) -> tuple[str, ...]:
         """What was read from records outside the plan, in sentences for the report."""
         data, test = self.experiment.data, self.consortium.test
-        sentences = []
-        sentences.append(
-            f"{len(test)} held-out test records were read in clear after every "
-            "round to compute the test figures; they are not protected by the plan."
-        )
-        sentences.append(
-            "This is a simulation: one program divided the records among the sites and held out "
-            "the test records, and read all of them to do so."
-        )
-        if data.source == "table" and test.task == "classification" and data.classes is None:
+        sentences = list(self.remarks)
+        if test is not None:
+            sentences.append(
+                f"{len(test)} held-out test records were read in clear after every "
+                "round to compute the test figures; they are not protected by the plan."
+            )
+        sentences += self._exactly_released()
+        if None not in self.consortium.sites.values():
+            held = " and held out the test records" if test is not None else ""
+            sentences.append(
+                f"This is a simulation: one program divided the records among the sites{held}, and "
+                "read all of them to do so."
+            )
+        if test is not None and data.source == "table" and test.classes and data.classes is None:
             sentences.append("The names of the classes were read from the records.")
         experiment = self.experiment
         foreign = [
@@ -595,6 +761,21 @@ class _Job:
                 "and keeping none; a trial found nothing against it, which is no proof."
             )
         return tuple(sentences)
+
+    def _exactly_released(self) -> list[str]:
+        """What sums over the sites were opened without noise, in sentences for the report."""
+        evaluation, sentences = self.experiment.evaluation, []
+        if self.preprocessor is not None and self.preprocessor.stages and self.plan is None:
+            sentences.append(
+                "Exact statistics over all sites' training records were revealed, for "
+                f"preprocessing: {self.preprocessor.revealed}."
+            )
+        if evaluation is not None and (self.plan is None or not evaluation.protected):
+            sentences.append(
+                "Exact counts over all sites' test records were revealed, for the test figures"
+                + ("." if self.plan is None else "; they are not protected by the plan.")
+            )
+        return sentences
 
 
 def _read_checkpoint(path: Path) -> tuple[Known, _Saved]:

@@ -6,13 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from protocols.catalogue import PROTOCOLS, UPLOAD
-from protocols.encoding import Aggregate
+from protocols.encoding import Aggregate, Encoding
 from protocols.errors import MalformedMessageError, ProtocolError, RoundAbortedError
 from protocols.identity import Roster
 from protocols.messages import Begin
-from protocols.rounds import Cohort, Part
+from protocols.rounds import Cohort, Outcome, Part
 from securefl import agreement, replicas
 from securefl.config import Experiment
 from securefl.engines import Exchange
@@ -23,6 +27,7 @@ from securefl.messages import (
     Proposal,
     Refusal,
     Request,
+    Task,
     parse_reply,
     printable,
 )
@@ -55,6 +60,9 @@ class _Ended:
     faults: Mapping[str, str]
 
 
+_Result = TypeVar("_Result", _Ended, Outcome)
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """A finished round. `result`: the aggregate, or what is known of the model it became."""
@@ -62,6 +70,17 @@ class Round:
     number: int
     contributors: tuple[str, ...]
     result: Aggregate | Standing
+    faults: Mapping[str, str]
+    traffic: Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A finished round of any other task: the opened sum, int64[length]."""
+
+    number: int
+    contributors: tuple[str, ...]
+    total: NDArray[np.int64]
     faults: Mapping[str, str]
     traffic: Traffic
 
@@ -119,32 +138,60 @@ class Server:
                 refusals[site] = "no answer" if reply is None else "agreed to another experiment"
         return refusals
 
-    def round(self, number: int, state: GlobalState | Standing) -> Round:
+    def round(self, number: int, state: GlobalState | Standing, fitted: bytes = b"") -> Round:
         """One round on `state`: what came of it, who fell out and why, and what it moved.
 
-        `entered(number, phase)` is called as each phase begins. Raises RoundAbortedError when too
-        few sites answered, BudgetsSpentError when that is because their budgets are spent.
+        fitted: what preprocessing was fitted to, where there is any. `entered(number, phase)` is
+        called as each phase begins. Raises RoundAbortedError when too few sites answered,
+        BudgetsSpentError when that is because their budgets are spent.
         """
-        begin = Begin(
+        task = Task(fitted=fitted)
+        begin = self._begin(
+            number, agreement.binding(self._experiment, state, self._encoding, task)
+        )
+        if isinstance(state, Standing):
+            steps = self._withheld(begin, state)
+        else:
+            steps = self._opened(begin, state)
+        ended, faults, traffic = self._drive(begin, steps, task, state.to_message())
+        return Round(number, ended.contributors, ended.result, faults, traffic)
+
+    def sum(self, number: int, task: Task, length: int, model: GlobalState | None = None) -> Summed:
+        """One round for another task than training: the sum of the sites' vectors of `length`.
+
+        model: what is evaluated. Raises as `round` does.
+        """
+        encoding = agreement.sum_encoding(self._experiment, len(self._roster))
+        begin = self._begin(number, agreement.binding(self._experiment, model, encoding, task))
+        steps = self._serve(begin, encoding, length)
+        told = model.to_message() if model is not None else b""
+        outcome, faults, traffic = self._drive(begin, steps, task, told)
+        aggregate = outcome.aggregate
+        total = np.rint(aggregate.mean * len(aggregate.contributors)).astype(np.int64)
+        return Summed(number, aggregate.contributors, total, faults, traffic)
+
+    def _begin(self, number: int, binding: bytes) -> Begin:
+        return Begin(
             session=self._session,
             round=number,
             cohort=tuple(self._roster),
             minimum=self._thresholds.minimum,
             threshold=self._thresholds.threshold,
-            binding=agreement.binding(self._experiment, state, self._encoding),
+            binding=binding,
             degree=self._thresholds.degree,
         )
-        protocol = PROTOCOLS[self._experiment.protocol.name]
-        if isinstance(state, Standing):
-            steps = self._withheld(begin, state)
-        else:
-            steps = self._opened(begin, state)
+
+    def _drive(
+        self, begin: Begin, steps: Part[_Result], task: Task, model: bytes
+    ) -> tuple[_Result, dict[str, str], Traffic]:
+        """A whole round: what its steps end with, who fell out and why, and what it moved."""
+        first = PROTOCOLS[self._experiment.protocol.name].phases[0]
         traffic, refusals = Traffic(), dict[str, Refusal]()
         try:
             requests = next(steps)
             while True:
-                model = state.to_message() if requests.phase == protocol.phases[0] else None
-                replies = self._ask(number, requests.phase, requests.messages, model, traffic)
+                shown = (model, task) if requests.phase == first else None
+                replies = self._ask(begin.round, requests.phase, requests.messages, shown, traffic)
                 refusals |= {s: r for s, r in replies.items() if isinstance(r, Refusal)}
                 bodies = {s: r.body for s, r in replies.items() if isinstance(r, Answer)}
                 started = time.perf_counter()
@@ -153,10 +200,10 @@ class Server:
                 finally:
                     traffic.seconds["aggregate"] += time.perf_counter() - started
         except StopIteration as done:
-            ended: _Ended = done.value
+            ended: _Result = done.value
             faults = {**ended.faults}
             faults |= {s: f"refused: {r.reason}" for s, r in refusals.items() if s in faults}
-            return Round(number, ended.contributors, ended.result, faults, traffic)
+            return ended, faults, traffic
         except ProtocolError as error:
             spent = [site for site, r in refusals.items() if r.kind == "budget"]
             reasons = "; ".join(f"{s}: {r.reason}" for s, r in sorted(refusals.items()))
@@ -165,14 +212,24 @@ class Server:
                 raise BudgetsSpentError(message, error.culprits) from None
             raise RoundAbortedError(message, error.culprits) from None
 
-    def _opened(self, begin: Begin, state: GlobalState) -> Part[_Ended]:
-        """The protocol's round, where the server gets the aggregate, and rotates it back."""
+    def _serve(
+        self,
+        begin: Begin,
+        encoding: Encoding,
+        length: int,
+        weights: Mapping[str, int] | None = None,
+    ) -> Part[Outcome]:
+        """The protocol's round, where the server gets the aggregate."""
         protocol, openers = self._experiment.protocol.name, self._experiment.protocol.openers
+        parts = (begin, self._roster, encoding, length, weights)
+        serve = PROTOCOLS[protocol].server
+        return serve(*parts, openers) if openers > 1 else serve(*parts)
+
+    def _opened(self, begin: Begin, state: GlobalState) -> Part[_Ended]:
+        """A round of training, where the server gets the aggregate, and rotates it back."""
         weights = agreement.public_weights(self._experiment)
         length = clipping.upload_length(self._experiment, state.surviving)
-        parts = (begin, self._roster, self._encoding, length, weights)
-        serve = PROTOCOLS[protocol].server
-        outcome = yield from serve(*parts, openers) if openers > 1 else serve(*parts)
+        outcome = yield from self._serve(begin, self._encoding, length, weights)
         aggregate = outcome.aggregate
         rotation = agreement.rotation(self._experiment, self._plan, state.update, length)
         if rotation is not None:
@@ -198,16 +255,18 @@ class Server:
         number: int,
         phase: str,
         messages: Mapping[str, bytes],
-        model: bytes | None,
+        shown: tuple[bytes, Task] | None,
         traffic: Traffic,
     ) -> dict[str, Answer | Refusal]:
-        """Send one phase's messages, in the first phase with the `model`; the replies."""
+        """Send one phase's messages, in the first phase with model and task; the replies."""
         self._entered(number, phase)
         wire = {}
         for site, body in messages.items():
             request = Request(self._session, number, phase, body)
-            if model is not None:
-                request = Request(self._session, number, phase, body, model, self._witnessed(site))
+            if shown is not None:
+                model, task = shown
+                heads = self._witnessed(site)
+                request = Request(self._session, number, phase, body, model, heads, task)
             wire[site] = request.to_bytes()
         started = time.perf_counter()
         answers = self._exchange(phase, wire)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from protocols.identity import Identity
 from securefl import agreement, config, data, models
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
-from securefl.data import Table
+from securefl.data import Frame, Records, Table, sources
+from securefl.data.tables import Task, near
+from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
 from securefl.site import SITE, Gate, open_ledger
@@ -21,25 +24,58 @@ from securefl.store import SiteStore
 
 @final
 @dataclass(frozen=True, slots=True)
-class Consortium:
-    """Each site's training records, in site order, the held-out test records, and the plan."""
+class Features:
+    """What a model reads and gives: everything public, and the same at every site."""
 
-    sites: Mapping[str, Table]
-    test: Table
+    shape: tuple[int, ...]
+    outputs: int
+    task: Task
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    target_range: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, source: Table | Preprocessor) -> Features:
+        """Those of a table, or of what preprocessing makes of a schema's columns."""
+        if isinstance(source, Table):
+            names, classes = source.names, source.classes
+            parts = (source.task, names, classes, source.target_range)
+        else:
+            schema = source.schema
+            parts = (schema.task, source.inputs, schema.classes, schema.target_range)
+        return cls(source.shape, source.outputs, *parts)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Consortium:
+    """Each site's records, in site order, the test records, and the plan.
+
+    A site whose own file is to be read has None. Where sites evaluate the model themselves, their
+    test records are among their records and `test` is None.
+    """
+
+    sites: Mapping[str, Records | None]
+    test: Table | None
+    features: Features
     plan: Plan | None
 
 
 def assemble(experiment: Experiment) -> Consortium:
     """Load, hold out and divide the records as the experiment says, from its public seed."""
-    table = data.load(experiment.data)
-    by = experiment.sites.column if experiment.sites.partition == "column" else None
-    if experiment.data.test_column is not None:
-        train, test = data.declared_split(table, experiment.data.test_column)
+    sites: Mapping[str, Records | None]
+    test = None
+    if experiment.data.agreed is None:
+        sites, test = _divided(experiment)
+        features = Features.of(test)
     else:
-        train, test = data.split(table, experiment.data.test_fraction, experiment.seed, by)
-    sites = data.partition(train, experiment.sites, experiment.seed)
+        sites = _dealt(experiment)
+        agreement.thresholds(experiment, len(sites))
+        made = agreement.preprocessor(experiment, len(sites))
+        assert made is not None  # noqa: S101 - Experiment holds this
+        features = Features.of(made)
     agreement.thresholds(experiment, len(sites))
-    module = models.build(experiment.model, test.shape, test.outputs, experiment.seed)
+    module = models.build(experiment.model, features.shape, features.outputs, experiment.seed)
     plan = agreement.plan(experiment, len(sites), models.layout(module).size)
     agreement.encoding(experiment, len(sites), plan)
     for key, named in (
@@ -52,27 +88,74 @@ def assemble(experiment: Experiment) -> Consortium:
                 f"{key} names {strangers[0]!r}, but the sites are {', '.join(sites)}"
             )
     for name, records in sites.items():
-        check_records(name, records, experiment)
-    return Consortium(sites, test, plan)
+        if isinstance(records, Table):
+            check_records(name, records, experiment)
+        elif records is not None:
+            check_records(name, data.held_out(records, experiment)[0], experiment)
+    return Consortium(sites, test, features, plan)
+
+
+def _dealt(experiment: Experiment) -> Mapping[str, Frame | None]:
+    """Every site's rows as the schema reads them: a file each, or one file's divided."""
+    told = experiment.data, experiment.sites
+    if told[0].path is None:
+        return dict.fromkeys(sorted(told[1].names or ()))
+    frames = sources.load_frames(told[0])
+    if told[1].partition == "file":
+        for name in told[1].names or ():
+            if name not in frames:
+                raise ConfigurationError(
+                    f"sites.names lists {name!r}, of which {told[0].path} has no file"
+                    f"{near(name, frames)}"
+                )
+        if len(frames) < 2:
+            raise ConfigurationError(
+                f"{told[0].path} is one file: an aggregate of one site hides nothing: divide it by "
+                'sites.partition = "iid" or "column", or bring more files'
+            )
+        chosen = told[1].names or tuple(frames)
+        return {_site_name(name): frames[name] for name in sorted(chosen)}
+    return data.partition(Frame.concatenate(list(frames.values())), told[1], experiment.seed)
+
+
+def _site_name(stem: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:64]
+    if not name:
+        raise ConfigurationError(f"the file {stem!r} names no site: rename it")
+    return name
+
+
+def _divided(experiment: Experiment) -> tuple[dict[str, Table], Table]:
+    """Each site's training records, and the records held out, where no schema says more."""
+    table = data.load(experiment.data)
+    by = experiment.sites.column if experiment.sites.partition == "column" else None
+    if experiment.data.test_column is not None:
+        train, test = data.declared_split(table, experiment.data.test_column)
+    else:
+        train, test = data.split(table, experiment.data.test_fraction, experiment.seed, by)
+    return data.partition(train, experiment.sites, experiment.seed), test
 
 
 def client(
     experiment: Experiment,
-    table: Table,
+    records: Records,
     identity: Identity,
     session: bytes,
     folder: Path,
     holding: Holding | None = None,
 ) -> Client:
     """The client of one site, with its durable state in `folder`."""
-    return Client(experiment, identity, session, table, SiteStore(folder), holding)
+    return Client(experiment, identity, session, records, SiteStore(folder), holding)
 
 
-def gate(folder: Path, table: Table, run_folder: Path) -> Gate:
-    """The gate of the site in `folder`, which holds `table`; in a run it keeps its state apart."""
+def gate(folder: Path, held: Records | None, run_folder: Path) -> Gate:
+    """The gate of the site in `folder`; in a run it keeps its state apart.
+
+    held: its records; None where they are read from the site's own file.
+    """
 
     def make(
-        experiment: Experiment, identity: Identity, session: bytes, run: bytes, records: Table
+        experiment: Experiment, identity: Identity, session: bytes, run: bytes, records: Records
     ) -> Client:
         ledger = open_ledger(folder)
         try:
@@ -82,7 +165,20 @@ def gate(folder: Path, table: Table, run_folder: Path) -> Gate:
             ledger.close()
             raise
 
-    return Gate(folder, lambda _: table, make, tell=lambda line: print(line, file=sys.stderr))
+    def load(experiment: Experiment) -> Records:
+        return held if held is not None else own_records(folder, experiment)
+
+    return Gate(folder, load, make, tell=lambda line: print(line, file=sys.stderr))
+
+
+def own_records(folder: Path, experiment: Experiment) -> Frame:
+    """The rows in the file of the site in `folder`, as the experiment's schema reads them."""
+    site, schema = config.load_site(folder / SITE), experiment.data.agreed
+    if site.data.path is None or schema is None:
+        raise ConfigurationError(
+            f'{folder / SITE}: [data] names no path: say path = "FILE", where the records lie'
+        )
+    return sources.load_frame(site.data.path, schema, site.name)
 
 
 def check_folders(folder: Path, sites: Iterable[str]) -> None:

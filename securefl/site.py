@@ -22,11 +22,12 @@ from msgspec import Meta
 
 from protocols.errors import MalformedMessageError
 from protocols.identity import Identity, Roster, SigningKey, digest
-from securefl import config, models, store
+from securefl import agreement, config, models, store
 from securefl.client import Client
 from securefl.config import ConfigurationError, Experiment
-from securefl.data import Table
+from securefl.data import Records, Table
 from securefl.messages import Answer, Proposal, Refusal, parse_asked, printable
+from securefl.preprocessing import Preprocessor
 from securefl.privacy import policy
 from securefl.privacy.ledger import Ledger
 from securefl.privacy.policy import Asked, PolicyError
@@ -36,10 +37,10 @@ SITE: Final = "site.toml"
 KEY: Final = "site.key"
 LEDGER: Final = "ledger.sqlite"
 
-Load = Callable[[Experiment], Table]
+Load = Callable[[Experiment], Records]
 """The site's own records for an experiment; called only after everything else was checked."""
 
-MakeClient = Callable[[Experiment, Identity, bytes, bytes, Table], Client]
+MakeClient = Callable[[Experiment, Identity, bytes, bytes, Records], Client]
 """(experiment, identity, session, run, records) -> the client that answers requests."""
 
 
@@ -334,15 +335,22 @@ class Gate:
     def _client(self, experiment: Experiment, identity: Identity, proposal: Proposal) -> Client:
         """The client, on the records. What is wrong with them is told to this site only."""
         try:
-            table = self._load(experiment)
-            module = models.build(experiment.model, table.shape, table.outputs, experiment.seed)
+            records = self._load(experiment)
+            features: Table | Preprocessor | None = None
+            features = agreement.preprocessor(experiment, len(identity.roster))
+            if features is None and isinstance(records, Table):
+                features = records
+            if features is None:
+                raise ConfigurationError("records in columns need data.schema")
+            shape, outputs = features.shape, features.outputs
+            module = models.build(experiment.model, shape, outputs, experiment.seed)
             if models.layout(module).size != proposal.parameters:
                 raise ConfigurationError(
                     f"the model has {models.layout(module).size} parameters here, and the proposal "
                     f"says {proposal.parameters}"
                 )
             self._leave()  # it may be this very run's, which only one client may charge
-            return self._make_client(experiment, identity, proposal.session, proposal.run, table)
+            return self._make_client(experiment, identity, proposal.session, proposal.run, records)
         except Exception as error:
             # Whatever it says may quote a record, and foreign code may have raised it.
             raise _UnfitError(str(error)) from error

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Literal, TypeVar
 
@@ -190,6 +190,11 @@ class SiteStore:
         else:
             record = msgspec.structs.replace(self._record, charged=self.charged + 1)
         self._put(msgspec.structs.replace(record, last_round=round_number))
+
+    def keep_figures(self, update: int, figures: Mapping[str, float]) -> None:
+        """Keep the site's own test figures of an update, for its own people's eyes."""
+        line = msgspec.json.encode({"update": update, "figures": figures}).decode()
+        append_line(self._path.with_name("figures.jsonl"), line)
 
     def _put(self, record: _SiteRecord) -> None:
         write(self._path, msgspec.json.encode(record))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self, final
 
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from securefl.schema import Schema, Task
 from securefl.sections import ConfigurationError
+
+_CHUNK: Final = 1 << 14
 
 MISSING: Final = -1
 """The code of a category that is not known."""
@@ -50,6 +52,25 @@ class Frame:
 
     def __len__(self) -> int:
         return self.rows
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Frame]) -> Frame:
+        """The rows of `parts`, one below the other; of one schema, one part or more."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        images = [part.images for part in parts if part.images is not None]
+        return cls(
+            first.schema,
+            sum(map(len, parts)),
+            {
+                name: np.concatenate([part.numbers[name] for part in parts])
+                for name in first.numbers
+            },
+            {name: np.concatenate([part.codes[name] for part in parts]) for name in first.codes},
+            {name: np.concatenate([part.texts[name] for part in parts]) for name in first.texts},
+            np.concatenate(images) if images else None,
+        )
 
     def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Self:
         """The rows at `rows` (numbers from 0, or one truth value a row), in that order."""
@@ -94,3 +115,36 @@ class Frame:
             return np.asarray(~np.isnan(self.target), np.bool_)
         known = self.target
         return np.asarray((known >= 0) & (known < len(self.classes)), np.bool_)
+
+    def share(self, person: str | None) -> NDArray[np.float64] | None:
+        """Of every row, one over the rows of its person, float64[n]; None where rows count alone.
+
+        person: the column that says whose a row is.
+        """
+        return None if person is None else shares(self.texts[person])
+
+    def identities(self, person: str | None) -> Iterator[bytes]:
+        """What tells one row from another by what it holds, or whose it is where `person` says."""
+        if person is not None:
+            for name in self.texts[person].tolist():
+                yield name.encode()
+            return
+        for start in range(0, self.rows, _CHUNK):
+            part = slice(start, min(start + _CHUNK, self.rows))
+            columns = [column[part].view(np.int64) for column in self.numbers.values()]
+            columns += [column[part].astype(np.int64) for column in self.codes.values()]
+            if self.images is not None:
+                columns += list(self.images[part].reshape(part.stop - start, -1).T)
+            rows = np.stack(columns, axis=1) if columns else np.zeros((part.stop - start, 0))
+            for row in np.ascontiguousarray(rows, np.int64):
+                yield row.tobytes()
+
+
+def shares(people: NDArray[np.str_]) -> NDArray[np.float64]:
+    """Of every row, one over the rows of its person, float64[n].
+
+    >>> shares(np.array(["a", "b", "a"])).tolist()
+    [0.5, 1.0, 0.5]
+    """
+    _, whose, rows = np.unique(people, return_inverse=True, return_counts=True)
+    return np.asarray(1.0 / rows[whose], np.float64)

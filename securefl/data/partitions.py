@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from securefl.config import ConfigurationError, Sites
+from securefl.config import ConfigurationError, Experiment, Sites
+from securefl.data.frames import Frame
 from securefl.data.tables import Table, near
 
 TRIES = 1000
 """How often a random partition is redrawn before it is refused."""
 
 Rows = NDArray[np.int64]
+
+Records = Table | Frame
+"""A site's records, as features or as its schema reads them."""
+
+AnyRecords = TypeVar("AnyRecords", Table, Frame)
 
 
 def split(table: Table, fraction: float, seed: int, by: str | None = None) -> tuple[Table, Table]:
@@ -60,7 +68,32 @@ def declared_split(table: Table, column: str) -> tuple[Table, Table]:
     return table.take(~held_out), table.take(held_out)
 
 
-def partition(table: Table, sites: Sites, seed: int) -> dict[str, Table]:
+def held_out(frame: Frame, experiment: Experiment) -> tuple[Frame, Frame]:
+    """A site's rows for training, and those for tests: by a hash of each row, or of its person.
+
+    Where the schema has a column `test`, those that it marks "test". Every row is told apart by
+    itself, so that one more or fewer changes no other's part; whose rows are of one person are in
+    one part (where some of a person's are marked, all are for tests). The experiment's public seed
+    goes into the hash.
+    """
+    schema, person = frame.schema, frame.schema.person
+    if schema.test is not None:
+        test = frame.texts[schema.test] == "test"
+        if person is not None:
+            marked = np.unique(frame.texts[person][test])
+            test = np.isin(frame.texts[person], marked)
+    else:
+        least = int(experiment.data.test_fraction * 2**64)
+        key = b"securefl test rows" + experiment.seed.to_bytes(8, "big")
+        drawn = (
+            int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "big") < least
+            for row in frame.identities(person)
+        )
+        test = np.fromiter(drawn, np.bool_, count=len(frame))
+    return frame.take(~test), frame.take(test)
+
+
+def partition(table: AnyRecords, sites: Sites, seed: int) -> dict[str, AnyRecords]:
     """The records dealt out to sites: site name -> its records, in the order of the sites.
 
     "iid" deals rows out evenly at random; "dirichlet" draws for every class the shares of the
@@ -144,7 +177,7 @@ def _dirichlet(
     return [np.concatenate(parts) for parts in dealt]
 
 
-def _by_column(table: Table, sites: Sites) -> dict[str, Rows]:
+def _by_column(table: Records, sites: Sites) -> dict[str, Rows]:
     assert sites.column is not None  # noqa: S101 (Sites holds this)
     column = _group(table, sites.column)
     parts: dict[str, Rows] = {}
@@ -183,10 +216,10 @@ def _by_column(table: Table, sites: Sites) -> dict[str, Rows]:
     return {name: parts[name] for name in names}
 
 
-def _group(table: Table, name: str) -> NDArray[np.str_]:
+def _group(table: Records, name: str) -> NDArray[np.str_]:
     if name in table.groups:
         return table.groups[name]
-    if name in table.names:
+    if isinstance(table, Table) and name in table.names:
         raise ConfigurationError(
             f'sites.column = {name!r} is a feature: set data.drop = ["{name}"], so that it tells '
             "sites apart and feeds no model"
@@ -203,7 +236,7 @@ def _check_count(count: int) -> None:
         )
 
 
-def _fault(table: Table, parts: dict[str, Rows]) -> str | None:
+def _fault(table: Records, parts: dict[str, Rows]) -> str | None:
     """Why a site cannot train with its part, or None."""
     for name, rows in parts.items():
         if len(rows) == 0:

@@ -7,6 +7,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 from securefl.config import ConfigurationError, Data
+from securefl.data import reading
+from securefl.data.frames import Frame
 from securefl.data.tables import Table, from_frames
+from securefl.schema import Schema
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -72,6 +76,48 @@ def load(data: Data) -> Table:
         "mnist": _mnist,
     }
     return sources[data.source](data)
+
+
+def files(path: Path) -> dict[str, Path]:
+    """Every file (or folder of images) that `path` names, by what tells it from the others.
+
+    A name with a `*` gives each by what the star stands for, in order; a folder each table in it by
+    its stem. Raises ConfigurationError where there is none.
+    """
+    before, star, after = path.name.partition("*")
+    if star:
+        found = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+        named = {each.name[len(before) : len(each.name) - len(after)]: each for each in found}
+    else:
+        found = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
+        found = sorted(each for each in found if not each.name.startswith("."))
+        named = {each.stem: each for each in found}
+        if len(named) < len(found):
+            raise ConfigurationError(f"data.path = {path}: two files have one stem: rename one")
+    if not named:
+        raise ConfigurationError(f"data.path = {path}: there is no such file")
+    return named
+
+
+def load_frames(data: Data) -> dict[str, Frame]:
+    """The labelled rows of every file that `data` names, as its schema reads them.
+
+    The column of text "file" says which file a row is from.
+    """
+    assert data.path is not None  # noqa: S101 - without a path the sites bring their own
+    assert data.agreed is not None  # noqa: S101
+    alone = data.agreed.image is not None and "*" not in data.path.name
+    named = {data.path.stem: data.path} if alone else files(data.path)
+    return {name: load_frame(path, data.agreed, name) for name, path in named.items()}
+
+
+def load_frame(path: Path, schema: Schema, name: str) -> Frame:
+    """The labelled rows of one file; `name`: what the column "file" says."""
+    frame = reading.load(path, schema)
+    if not frame.labelled.all():
+        frame = frame.take(frame.labelled)
+    told = {**frame.texts, "file": np.full(len(frame), name)}
+    return replace(frame, texts=told)
 
 
 def _call(data: Data) -> Table:

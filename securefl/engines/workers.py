@@ -260,12 +260,13 @@ def _serve(receive: IO[bytes], send: IO[bytes]) -> None:
         clients = clients or {
             site: simulation.client(
                 experiment,
-                consortium.sites[site],
+                records,
                 Identity(site, key, roster),
                 start.session,
                 Path(start.folder) / site,
             )
             for site, key in keys.items()
+            if (records := consortium.sites[site]) is not None
         }
         _send(send, Keys({}))
     except ConfigurationError as error:

@@ -138,7 +138,8 @@ class Accepted(_Entry, frozen=True):
 
 
 class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a run may release besides its rounds of training, at most `times` times.
+    """What a run releases besides its rounds of training: `times`, and in place of those that
+    fail `spare` times more.
 
     curve: of one release. held_out: it reads test records only, and no round of training or other
     release reads any of those.
@@ -148,6 +149,7 @@ class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     event: dict[str, str | float | int]
     curve: Curve
     times: Count
+    spare: Annotated[int, Meta(ge=0, le=2**62)]
     held_out: bool
 
 
@@ -223,8 +225,9 @@ class Release:
     """What a run asks to release besides its rounds of training: see `Released`."""
 
     name: str
-    event: Event
+    event: accounting.PoissonDiscreteGaussianSum
     times: int
+    spare: int
     held_out: bool
 
 
@@ -592,7 +595,8 @@ class Ledger:
             opened, budget = held.opened, self._known(held.opened.dataset)
             if round_number <= held.last_round:
                 raise ValueError(f"round {round_number} does not follow round {held.last_round}")
-            allowed = {"": opened.rounds, **{item.name: item.times for item in opened.releases}}
+            allowed = {item.name: item.times + item.spare for item in opened.releases}
+            allowed[""] = opened.rounds
             if release not in allowed:
                 raise ValueError(f"run {run!r} was not opened for {release!r}")
             if held.count(release) >= allowed[release]:
@@ -935,12 +939,13 @@ def _asked(releases: Sequence[Release], unit: Unit, budget: Registered) -> tuple
     for item in releases:
         event = _counted(item.event, unit, budget)
         curve = Curve.of([Repeated(event, 1)])
-        found.append(Released(item.name, _told(event), curve, item.times, item.held_out))
+        counts = item.times, item.spare
+        found.append(Released(item.name, _told(event), curve, *counts, item.held_out))
     return tuple(found)
 
 
 def _whole(opened: Opened) -> dict[str, int]:
-    """Everything that a run may charge, by name."""
+    """Everything that a run means to charge, by name."""
     return {"": opened.rounds, **{item.name: item.times for item in opened.releases}}
 
 
@@ -1018,8 +1023,6 @@ def forecast(
     Raises ConfigurationError where the run could not be opened, as `Ledger.open` does.
     """
     event, steps = _counted(per_round.event, unit, budget), per_round.times
-    curve = Curve.of([Repeated(event, steps)])
-    asked = _asked(releases, unit, budget)
     opened = Opened(
         at="",
         dataset=budget.dataset,

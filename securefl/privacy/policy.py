@@ -19,11 +19,12 @@ from typing import NamedTuple, final
 from protocols.graph import Thresholds
 from protocols.identity import digest
 from securefl import agreement
-from securefl.config import ConfigurationError, Experiment, Site
+from securefl.config import ConfigurationError, Data, Experiment, Site
 from securefl.privacy.ledger import Forecast, Ledger, Registered, forecast
 from securefl.privacy.plan import Observer, Plan, RecordLocal
 from securefl.privacy.preview import noise_multiplier
 from securefl.report import words
+from securefl.schema import differences
 
 
 class PolicyError(ConfigurationError):
@@ -153,8 +154,8 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
     by_person = privacy is not None and privacy.unit == site.budget.unit == "person"
     yield _Rule(
         "data.person",
-        by_person and data.person != site.data.person,
-        f"column {data.person!r} to say whose a record is",
+        by_person and data.person_column != site.data.person,
+        f"column {data.person_column!r} to say whose a record is",
         f"column {site.data.person!r}",
     )
     yield _Rule(
@@ -163,6 +164,7 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
         "records from a file",
         "no file: [data] of this site names no path",
     )
+    yield from _of_schema(site, data)
     counted = experiment.aggregation.weighting == "records"
     yield _Rule(
         "policy.record_counts",
@@ -177,6 +179,18 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
         f"a transcript of this site's messages on {today.isoformat()}",
         "none" if until is None else f"one until {until.isoformat()}",
     )
+
+
+def _of_schema(site: Site, data: Data) -> Iterator[_Rule]:
+    ours, theirs = site.data.agreed, data.agreed
+    if theirs is None:
+        return
+    if ours is None:
+        told = f"a run on files of the schema {theirs.name!r}"
+        yield _Rule("data.schema", True, told, "the schema in [data] of this site, which has none")
+        return
+    for key, mine, other in differences(ours, theirs):
+        yield _Rule(f"data.schema, {key}", True, other, mine)
 
 
 def _of_code(site: Site, experiment: Experiment) -> Iterator[_Rule]:
@@ -515,11 +529,12 @@ def asked(
     budget = None
     if plan is not None and experiment.privacy is not None:
         unit, per_round, rounds = experiment.privacy.unit, plan.per_round, _rounds(experiment)
+        besides = agreement.releases(experiment, sites, plan)
         if ledger is not None and site.data.id in ledger.datasets:
-            budget = ledger.forecast(site.data.id, unit, per_round, rounds)
+            budget = ledger.forecast(site.data.id, unit, per_round, rounds, besides)
         else:
             data, limit = site.data, site.budget
             fresh = Registered("", data.id, limit.unit, limit.epsilon, limit.delta, data.purpose)
-            budget = forecast(fresh, (), unit, per_round, rounds)
+            budget = forecast(fresh, (), unit, per_round, rounds, besides)
     thresholds = agreement.thresholds(experiment, sites)
     return Asked(site, experiment, sites, dimension, thresholds, plan, budget)

@@ -169,6 +169,8 @@ class Trainer:
 
     def _descend(self, masks: list[torch.Tensor], seed: Seed) -> None:
         """Mini-batch steps on shuffled records: no privacy."""
+        if not len(self._target):
+            return  # a site without records moves nothing
         optimiser = models.optimiser(self._training, self._module.parameters())
         parameters = list(self._module.parameters())
         batches = _batches(len(self._target), self._training.batch_size, seed)
