@@ -17,6 +17,7 @@ import msgspec
 
 from securefl import config
 from securefl.config import ConfigurationError
+from securefl.tallies import Figures
 
 EXPERIMENT = "experiment.toml"
 METRICS = "metrics.jsonl"
@@ -107,6 +108,19 @@ class RoundRecord(_Record, frozen=True):
         _check_fraction("sparsity", self.sparsity)
         for name in ("epsilon", "bytes_up", "bytes_down", "upload_bytes", "seconds"):
             _check_amounts(name, getattr(self, name))
+
+
+class EvaluationRecord(_Record, frozen=True):
+    """One evaluation at the sites: a line of `evaluations.jsonl`."""
+
+    update: int
+    """How many aggregates had been applied."""
+    round: int
+    sites: tuple[str, ...]
+    """Whose counts are in the sum."""
+    figures: Figures
+    bytes_up: int = 0
+    seconds: float = 0.0
 
 
 class Summary(_Record, frozen=True):

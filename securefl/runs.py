@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, final
 
@@ -47,7 +46,7 @@ from securefl.records import (
     read_history,
 )
 from securefl.replicas import Replica, Standing
-from securefl.server import BudgetsSpentError, Round, Server, Summed, Traffic
+from securefl.server import BudgetsSpentError, Round, Server, Summed
 from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import ServerStore, SiteStore
 from securefl.transcript import recorded
@@ -89,18 +88,22 @@ class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Fitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many stages of preprocessing are fitted, to what, and what they moved."""
+    """What preprocessing is fitted to, in which rounds, and what they moved."""
 
-    stages: int
     values: Fitted
+    rounds: tuple[int, ...] = ()
     bytes_up: int = 0
     seconds: float = 0.0
 
-    def after(self, values: Fitted, traffic: Traffic) -> _Fitted:
+    @property
+    def stages(self) -> int:
+        return len(self.rounds)
+
+    def after(self, values: Fitted, summed: Summed) -> _Fitted:
         """With one more stage."""
-        moved = self.bytes_up + sum(traffic.bytes_up.values())
-        spent = self.seconds + round(sum(traffic.seconds.values()), 3)
-        return _Fitted(self.stages + 1, values, moved, spent)
+        moved = self.bytes_up + sum(summed.traffic.bytes_up.values())
+        spent = self.seconds + round(sum(summed.traffic.seconds.values()), 3)
+        return _Fitted(values, (*self.rounds, summed.number), moved, spent)
 
 
 _Done = TypeVar("_Done")
@@ -226,7 +229,7 @@ class _Job:
         self.preprocessor = agreement.preprocessor(experiment, count)
         self.tally = agreement.tally(experiment, count)
         self.releases = {r.name: r for r in agreement.releases(experiment, count, self.plan)}
-        self.fitted = _Fitted(0, self.preprocessor.start()) if self.preprocessor else None
+        self.fitted = _Fitted(self.preprocessor.start()) if self.preprocessor else None
         self.remarks: list[str] = []
         self.device = resolve_device(experiment.device)
         strangers = sorted(set(replaced) - set(self.consortium.sites))
@@ -279,14 +282,23 @@ class _Job:
             before = self.fitted.values
             task = Task("fit", stage, before.to_bytes())
             length = self.preprocessor.dimension(stage)
-            ask = partial(server.sum, task=task, length=length)
-            summed = self._attempts(lambda ask=ask: ask(numbers.begin()))
+            summed = self._summed(server, numbers, task, length)
             if summed is None:
                 raise RunFailedError("too few sites have budget left for statistics")
             noise = self._noise(task, summed)
             values = self.preprocessor.fit(stage, before, summed.total, noise)
-            self.fitted = self.fitted.after(values, summed.traffic)
+            self.fitted = self.fitted.after(values, summed)
             store.write(folder / PREPROCESSING, msgspec.json.encode(self.fitted))
+
+    def _summed(
+        self,
+        server: Server,
+        numbers: ServerStore,
+        task: Task,
+        length: int,
+        model: GlobalState | None = None,
+    ) -> Summed | None:
+        return self._attempts(lambda: server.sum(numbers.begin(), task, length, model))
 
     def _noise(self, task: Task, summed: Summed) -> float:
         """The deviation of all noise in each integer of a sum."""
@@ -308,15 +320,14 @@ class _Job:
         if self.tally is None or evaluation is None or self.fitted is None or not records:
             return
         due = last or (evaluation.every is not None and state.update % evaluation.every == 0)
-        done = [EvaluationRecord.from_json(x) for x in store.whole_lines(folder / EVALUATIONS)]
-        if not due or any(item.update == state.update for item in done):
+        if not due or any(item.update == state.update for item in _evaluations(folder)):
             return
         assert isinstance(state, GlobalState)  # noqa: S101 - Experiment holds this
         told = replace(state, weights=state.released)
         task = Task("evaluate", fitted=self.fitted.values.to_bytes())
         length = self.tally.dimension
         try:
-            summed = self._attempts(lambda: server.sum(numbers.begin(), task, length, told))
+            summed = self._summed(server, numbers, task, length, told)
         except RunFailedError as error:
             self.remarks.append(f"The model of update {state.update} has no test figures: {error}")
             return
@@ -524,9 +535,14 @@ class _Job:
             sparsity=model.sparsity,
             survivors=survivors,
             dropouts={site: why for site, why in out.items() if site not in survivors},
-            aborted=tuple(range(past + 1, result.number)),
+            aborted=tuple(sorted({*range(past + 1, result.number)} - self._besides(folder))),
             clip=self._clip(folder, before),
         )
+
+    def _besides(self, folder: Path) -> set[int]:
+        """The rounds that were finished for something else than training."""
+        fitted = self.fitted.rounds if self.fitted else ()
+        return {*fitted, *(item.round for item in _evaluations(folder))}
 
     def _clip(self, folder: Path, before: Known) -> float | None:
         """The clip of a round on `before`, where it is adaptive."""
@@ -653,14 +669,15 @@ class _Job:
     def _preprocessed(self) -> dict[str, Any]:
         """What makes features of a new file's columns: it travels with the model."""
         schema, preprocessing = self.experiment.data.agreed, self.experiment.preprocessing
-        if schema is None or preprocessing is None or self.fitted is None:
+        if schema is None or preprocessing is None:
             return {}
+        assert self.preprocessor is not None and self.fitted is not None  # noqa: S101, PT018
         return {
             "schema": schema.model_dump(mode="json", exclude_none=True),
             "drop": list(self.experiment.data.drop),
             "preprocessing": preprocessing.model_dump(mode="json", exclude_none=True),
             "fitted": msgspec.to_builtins(self.fitted.values),
-            "inputs": dict(self.preprocessor.described(self.fitted.values)) if self.preprocessor else {},
+            "inputs": dict(self.preprocessor.described(self.fitted.values)),
         }
 
     def _summary(
@@ -673,14 +690,14 @@ class _Job:
     ) -> Summary:
         last = records[-1]
         dense = [r for r in records if r.parameters == len(state.weights)][-1]
-        finished = {record.round for record in records}
+        finished = {record.round for record in records} | self._besides(folder)
         seconds: dict[str, float] = defaultdict(float)
         for record in records:
             for phase, spent in record.seconds.items():
                 seconds[phase] += spent
         plan, experiment = self.plan, self.experiment
         why_not = self._why_not_private()
-        tested = [EvaluationRecord.from_json(x) for x in store.whole_lines(folder / EVALUATIONS)]
+        tested = _evaluations(folder)
         final = tested[-1].figures if tested and tested[-1].update == state.update else None
         seconds["evaluate"] += sum(item.seconds for item in tested)
         seconds["fit"] += self.fitted.seconds if self.fitted else 0.0
@@ -776,6 +793,11 @@ class _Job:
                 + ("." if self.plan is None else "; they are not protected by the plan.")
             )
         return sentences
+
+
+def _evaluations(folder: Path) -> list[EvaluationRecord]:
+    """Every evaluation at the sites so far, oldest first."""
+    return [EvaluationRecord.from_json(line) for line in store.whole_lines(folder / EVALUATIONS)]
 
 
 def _read_checkpoint(path: Path) -> tuple[Known, _Saved]:
