@@ -15,7 +15,7 @@ import importlib.resources
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self, TextIO
 
 import typer
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from securefl.prediction import Model
     from securefl.privacy.preview import Preview
     from securefl.records import History, RoundRecord, Summary
     from securefl.runs import Progress, Run
@@ -179,6 +180,59 @@ def show(
             console.print(line, markup=False, soft_wrap=True)
     if rounds:
         console.print(_rounds_table(rounds))
+
+
+@app.command()
+def predict(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's directory.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows as in training.")],
+    out: Annotated[
+        Path | None, typer.Option("--output", metavar="OUT.csv", help="By default the terminal.")
+    ] = None,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Apply a run's preprocessing and model to a new file: a line of CSV a row."""
+    import sys
+
+    from securefl.prediction import Model
+
+    model = Model.load(directory)
+    if out is not None and out.exists():
+        raise ConfigurationError(f"{out} exists: name another file, or move it away")
+    if out is None:
+        _write_predictions(model, file, sys.stdout, output)
+        return
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as target:
+            _write_predictions(model, file, target, output)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_predictions(model: Model, file: Path, target: TextIO, output: Format) -> None:
+    """A line a row: CSV, or JSON objects."""
+    import csv
+
+    import msgspec
+
+    classes = model.about.classes
+    names = ["row", "prediction", *(f"probability of {name}" for name in classes)]
+    writer = csv.writer(target, lineterminator="\n")
+    for part in model.predict(file):
+        if part.first == 1 and output is Format.text:
+            writer.writerow(names)
+        chosen = model.chosen(part)
+        for at, (known, values) in enumerate(zip(part.known, part.values.tolist(), strict=True)):
+            shown = values if not classes else [classes[chosen[at]], *values]
+            told = [part.first + at, *(shown if known else [None] * len(shown))]
+            if output is Format.text:
+                cells = (f"{cell:.6g}" if isinstance(cell, float) else cell for cell in told)
+                writer.writerow(["" if cell is None else cell for cell in cells])
+            else:
+                line = dict(zip(names, told, strict=True))
+                target.write(msgspec.json.encode(line).decode() + "\n")
 
 
 privacy = typer.Typer(cls=OneLineErrors, no_args_is_help=True, help="Plan what a run may cost.")
@@ -399,9 +453,12 @@ def _summary_table(summary: Summary) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     rows: list[tuple[str, str]] = [
-        (words.metric_name(key), words.number(summary.metric[key]))
+        (words.metric_name(key), words.figure(summary, key))
         for key in words.in_order(summary.metric)
     ]
+    if summary.trained_on is not None:
+        about = "about " if summary.private else ""
+        rows.append(("trained on", f"{about}{summary.trained_on:,.0f} {summary.counted}"))
     rows += [
         ("rounds", f"{summary.rounds:,} (end: {summary.stopped})"),
         ("sites", f"{len(summary.sites)}"),

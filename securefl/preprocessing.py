@@ -316,6 +316,11 @@ class Preprocessor:
         return tuple([*found, second] if second.values else found)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that features are made of."""
+        return self._features
+
+    @property
     def revealed(self) -> str:
         """What the sums tell of all sites' rows, in words."""
         said, parts = self._settings, []

@@ -669,6 +669,7 @@ class _Job:
     def _preprocessed(self) -> dict[str, Any]:
         """What makes features of a new file's columns: it travels with the model."""
         schema, preprocessing = self.experiment.data.agreed, self.experiment.preprocessing
+        evaluation = self.experiment.evaluation
         if schema is None or preprocessing is None:
             return {}
         assert self.preprocessor is not None and self.fitted is not None  # noqa: S101, PT018
@@ -677,6 +678,7 @@ class _Job:
             "drop": list(self.experiment.data.drop),
             "preprocessing": preprocessing.model_dump(mode="json", exclude_none=True),
             "fitted": msgspec.to_builtins(self.fitted.values),
+            "threshold": evaluation.threshold if evaluation else 0.5,
             "inputs": dict(self.preprocessor.described(self.fitted.values)),
         }
 

@@ -315,6 +315,15 @@ def ranges(numbers: Collection[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
 
 
+def figure(summary: Summary, key: str) -> str:
+    """A figure of merit, with its 95 % interval where it has one."""
+    told = number(summary.metric[key])
+    if key not in summary.intervals:
+        return told
+    low, high = summary.intervals[key]
+    return f"{told} ({number(low)} to {number(high)})"
+
+
 def metric_name(key: str) -> str:
     """A test_* key as people say it."""
     return _NAMES.get(key, key.replace("_", " "))
