@@ -136,8 +136,8 @@ class Model:
         """The number of the class that is predicted for each row, int64[n]; 0 where none is."""
         values = np.nan_to_num(part.values)
         if len(self.about.classes) == 2:
-            return (values[:, 1] >= self.about.threshold).astype(np.int64)
-        return values.argmax(axis=1)
+            return np.asarray(values[:, 1] >= self.about.threshold, np.int64)
+        return np.asarray(values.argmax(axis=1), np.int64)
 
     @property
     def _readable(self) -> Schema:
