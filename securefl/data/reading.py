@@ -38,7 +38,7 @@ from securefl.sections import ConfigurationError
 CHUNK: Final = 16384
 """Rows that are held at a time; fewer where a row is wide."""
 
-CELLS: Final = 2_000_000
+CELLS: Final = 1 << 19
 """Cells that are held at a time."""
 
 PIXELS: Final = 1 << 26
@@ -55,11 +55,11 @@ SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"
 FOREIGN: Final = {
     b"PK\x03\x04": ("an Excel workbook or a ZIP archive", "export the table as CSV"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "export the table as CSV"),
-    b"%PDF": ("a PDF document", "export the table as CSV"),
+    b"%PDF-": ("a PDF document", "export the table as CSV"),
     b"<!DOCTYPE": ("a web page", "download the table itself"),
     b"<html": ("a web page", "download the table itself"),
-    b"SQLite": ("an SQLite database", "export the table as CSV"),
-    b"BZh": ("a bzip2 archive", "unpack it, or compress it with gzip"),
+    b"SQLite format 3": ("an SQLite database", "export the table as CSV"),
+    b"BZh91AY&SY": ("a bzip2 archive", "unpack it, or compress it with gzip"),
     b"\xfd7zXZ": ("an xz archive", "unpack it, or compress it with gzip"),
     b"7z\xbc\xaf": ("a 7-Zip archive", "unpack it"),
     b"\x28\xb5\x2f\xfd": ("a Zstandard archive", "unpack it, or compress it with gzip"),
@@ -71,6 +71,7 @@ FOREIGN: Final = {
 """What a file that is no table begins with, what it looks like then, and the mend."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_WITH_UNIT = re.compile(r"([+-]?\d+(?:[.,]\d+)?)\s*(?:[^\W\d_]|[%°])\D{0,20}[23]?")
 _REFUSED = -2
 
 Cells = Sequence[str] | NDArray[np.float64]
@@ -88,8 +89,8 @@ class FileError(ConfigurationError):
         self.faults = tuple(faults)
 
 
-def read(path: Path, schema: Schema) -> Iterator[Frame]:
-    """The rows of the file `path` in their order, at most CHUNK of them at a time.
+def read(path: Path, schema: Schema, *, chunk: int = CHUNK) -> Iterator[Frame]:
+    """The rows of the file `path` in their order, at most `chunk` >= 1 of them at a time.
 
     A text table in UTF-8, gzipped or not, may separate its fields with `,` `;` `|`, tabs or runs of
     blanks; fields are quoted with `"`; blank lines are no rows. A file called .parquet is Parquet.
@@ -99,12 +100,13 @@ def read(path: Path, schema: Schema) -> Iterator[Frame]:
     compared without the blanks around them; in a column of numbers a missing code that is a number
     stands for all ways to write it.
 
-    Raises ConfigurationError, of the kind FileError where single cells are wrong, in one line that
-    names the file, the column, the row (counted from 1 below the header) and the value.
+    Raises, as rows are taken, ConfigurationError, of the kind FileError where single cells are
+    wrong, in one line that names the file, the column, the row (counted from 1 below the header)
+    and the value.
     """
     columns = {name: _column(path, schema, name) for name in schema.columns}
     nobody = True
-    for rows in _rows(path, schema):
+    for rows in _rows(path, schema, _most_rows(schema, chunk)):
         yield _frame(path, schema, rows, columns)
         nobody = False
     if nobody:
@@ -160,19 +162,19 @@ class _Rows:
     where: Callable[[int], str]
 
 
-def _rows(path: Path, schema: Schema) -> Iterator[_Rows]:
+def _rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
         path.stat()
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if is_folder:
-        return _folder_rows(path, schema)
+        return _folder_rows(path, schema, most)
     if not is_file:
         raise ConfigurationError(f"{path} is no regular file: copy the table into one")
     if path.suffix.lower() == ".parquet":
-        return _parquet_rows(path, schema)
-    return _text_rows(path, schema)
+        return _parquet_rows(path, schema, most)
+    return _text_rows(path, schema, most)
 
 
 def _frame(path: Path, schema: Schema, rows: _Rows, columns: Mapping[str, _Column]) -> Frame:
@@ -207,7 +209,7 @@ def _texts(cells: Cells) -> Sequence[str]:
     return cells
 
 
-def _text_rows(path: Path, schema: Schema) -> Iterator[_Rows]:
+def _text_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
     separator = _separator(path, schema)
     records = _records(path, separator, schema.header)
     if schema.header:
@@ -221,7 +223,7 @@ def _text_rows(path: Path, schema: Schema) -> Iterator[_Rows]:
     else:
         names = list(schema.columns)
         positions = {name: position for position, name in enumerate(names)}
-    limit = max(1, min(CHUNK, CELLS // len(names), _most_images(schema)))
+    limit = max(1, min(most, CELLS // len(names)))
     before = 0
     while True:
         rows: list[list[str]] = []
@@ -283,27 +285,27 @@ def _separator(path: Path, schema: Schema) -> str:
             file.readline(LONGEST_LINE).decode("utf-8-sig", errors="replace") for _ in range(32)
         ]
 
-    def fitting(separator: str) -> tuple[int, int]:
+    def fitting(separator: str) -> tuple[int, bool, int]:
         found = fields = 0
-        reader = csv.reader(
-            (line for line in sample if line.strip()), delimiter=separator, skipinitialspace=True
-        )
+        reader = csv.reader(sample, delimiter=separator, skipinitialspace=True)
         try:
             for record in reader:
+                if not "".join(record).strip():
+                    continue
                 if separator == " " and not record[-1]:
                     record.pop()
-                if schema.header:
-                    return len({name.strip() for name in record} & set(schema.columns)), len(record)
-                found += len(record) == len(schema.columns)
                 fields = max(fields, len(record))
+                if schema.header:
+                    found = len({name.strip() for name in record} & schema.columns.keys())
+                    break
+                found += len(record) == len(schema.columns)
         except csv.Error:  # told, with its row, when the file is read
             pass
-        return found, fields
+        # Where several fit, or none: names and texts hold blanks more often than other signs.
+        return found, fields > 1 and separator != " ", fields
 
-    candidates = list(SEPARATORS)
-    if schema.decimal == ",":
-        candidates.sort(key=lambda separator: separator == ",")
-    return max(candidates, key=lambda separator: (fitting(separator)[0], separator != " "))
+    candidates = sorted(SEPARATORS, key=lambda separator: separator == schema.decimal)
+    return max(candidates, key=fitting)
 
 
 def _records(path: Path, separator: str, header: bool) -> Iterator[tuple[int, list[str]]]:
@@ -428,7 +430,7 @@ def _found(
     return {name: positions[name] for name in schema.columns if name in positions}
 
 
-def _parquet_rows(path: Path, schema: Schema) -> Iterator[_Rows]:
+def _parquet_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -443,7 +445,7 @@ def _parquet_rows(path: Path, schema: Schema) -> Iterator[_Rows]:
             wanted = list(_found(path, schema, [name.strip() for name in fields.names]))
             for name in wanted:
                 _check_type(path, schema, name, fields.field(names[name]).type)
-            limit = max(1, min(CHUNK, CELLS // len(wanted), _most_images(schema)))
+            limit = max(1, min(most, CELLS // len(wanted)))
             before = 0
             for batch in file.iter_batches(limit, columns=[names[name] for name in wanted]):
                 cells = {
@@ -508,7 +510,7 @@ def _as_text(value: object) -> str:
     return canonical(str(value)) if isinstance(value, float) else str(value)
 
 
-def _folder_rows(path: Path, schema: Schema) -> Iterator[_Rows]:
+def _folder_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
     """FOLDER/CLASS/FILE in the order of their names."""
     if schema.image is None:
         raise ConfigurationError(
@@ -541,9 +543,8 @@ def _folder_rows(path: Path, schema: Schema) -> Iterator[_Rows]:
                 images.append((folder.name, f"{folder.name}/{image.name}"))
     except OSError as error:
         raise _unreadable(path, error) from None
-    step = min(CHUNK, _most_images(schema))
-    for start in range(0, len(images), step):
-        chunk = images[start : start + step]
+    for start in range(0, len(images), most):
+        chunk = images[start : start + most]
         classes, names = [label for label, _ in chunk], [name for _, name in chunk]
         yield _Rows(len(chunk), {schema.label: classes, schema.image: names}, _naming(names))
 
@@ -556,12 +557,12 @@ def _naming(names: Sequence[str]) -> Callable[[int], str]:
     return lambda index: f"file {_shown(names[index])}"
 
 
-def _most_images(schema: Schema) -> int:
-    """How many images are held at a time."""
+def _most_rows(schema: Schema, chunk: int) -> int:
+    """How many rows are held at a time: fewer where their images are large."""
     column = schema.columns[schema.image] if schema.image is not None else None
     if not isinstance(column, ImageColumn):
-        return CHUNK
-    return max(1, PIXELS // (column.channels * column.height * column.width))
+        return chunk
+    return max(1, min(chunk, PIXELS // (column.channels * column.height * column.width)))
 
 
 # Columns: what their cells mean.
@@ -646,18 +647,21 @@ class _Numbers:
         return values
 
     def _mend(self, cell: str) -> str:
-        """The most likely cause in a word."""
-        digits = r"[+-]?\d"
-        if re.fullmatch(digits + r"*[.,]\d+([eE][+-]?\d+)?", cell, re.ASCII):
-            other = "," if self.decimal == "." else "."
-            return (
-                f'write {cell.replace(other, self.decimal)[:60]}, or set decimal = "{other}" in '
-                "the schema"
+        """The mend of the likeliest cause."""
+        other = "," if self.decimal == "." else "."
+        plain = cell.replace(other, self.decimal)[:60]
+        if re.fullmatch(r"[+-]?\d{1,3}([ ',.\u00a0\u2019]\d{3})+([.,]\d*)?", cell, re.ASCII):
+            whole = re.sub(r"[ ',.\u00a0\u2019](?=\d{3}(?!\d))", "", cell).replace(
+                other, self.decimal
             )
-        if re.fullmatch(digits + r"{0,2}([ ',.\u00a0\u2019]\d{3})+([.,]\d*)?", cell, re.ASCII):
-            return "write it without separators of thousands"
-        if found := re.match(r"[+-]?[\d.,]*\d(?=\s*[^\d\s.,])", cell, re.ASCII):
-            return f"write {found.group()[:60]}, without the unit, or correct it"
+            or_else = (
+                "" if _number(plain, self.decimal) is None else f" (or {plain}, if it is that)"
+            )
+            return f"write {whole[:60]}, without separators of thousands{or_else}"
+        if _number(plain, self.decimal) is not None:
+            return f'write {plain}, or set decimal = "{other}" in the schema'
+        if found := _WITH_UNIT.fullmatch(plain):
+            return f"write {found.group(1)}, without the unit"
         return self.mend
 
 
@@ -722,7 +726,9 @@ class _Texts:
                     "nobody is named, and rows of people unknown would count as one person's: "
                     "name the person, or take the row out",
                 )
-            if len(text) > LONGEST_TEXT or "\0" in text:
+            if "\0" in text:
+                raise _CellError(row, f"{_shown(text)} holds a NUL: take it out")
+            if len(text) > LONGEST_TEXT:
                 raise _CellError(
                     row,
                     f"{_shown(text)} has {len(text)} characters: shorten it to {LONGEST_TEXT}, or "
