@@ -264,10 +264,10 @@ class Preprocessor:
     def __init__(self, data: Data, preprocessing: Preprocessing, precision: Precision) -> None:
         if data.agreed is None:
             raise ValueError("preprocessing needs data.schema")
-        self._schema: Schema = data.agreed
+        self.schema: Schema = data.agreed
         self._settings = preprocessing
         self._precision = precision
-        columns = {name: self._schema.columns[name] for name in data.features}
+        columns = {name: self.schema.columns[name] for name in data.features}
         self._numbers = {n: c for n, c in columns.items() if isinstance(c, NumberColumn)}
         self._categories = {n: c for n, c in columns.items() if isinstance(c, CategoryColumn)}
         images = [c for c in columns.values() if isinstance(c, ImageColumn)]
@@ -302,7 +302,7 @@ class Preprocessor:
             missing=imputed if counted else (),
             histograms=histograms,
             categories=sizes if said.minimum_count > 0 else (),
-            classes=len(self._schema.classes) if said.class_weights == "balanced" else 0,
+            classes=len(self.schema.classes) if said.class_weights == "balanced" else 0,
             moments=() if clips else moments,
             squares=standardised and not clips,
         )
@@ -314,6 +314,27 @@ class Preprocessor:
         )
         found = [first] if first.whole + first.halved + first.values > 1 else []
         return tuple([*found, second] if second.values else found)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that features are made of."""
+        return self._features
+
+    @property
+    def revealed(self) -> str:
+        """What the sums tell of all sites' rows, in words."""
+        said, parts = self._settings, []
+        if self._sums and self._sums[0].missing:
+            parts.append("how many values are missing")
+        if any(part.moments for part in self._sums):
+            parts.append("means" + (" and deviations" if said.scale == "standardise" else ""))
+        if self._sums and self._sums[0].histograms:
+            parts.append(f"histograms of {said.bins} bins")
+        if self._sums and self._sums[0].categories:
+            parts.append("how many records are in each category")
+        if self._sums and self._sums[0].classes:
+            parts.append("how many records are in each class")
+        return ", ".join(["how many records there are", *parts])
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -330,7 +351,7 @@ class Preprocessor:
     @property
     def outputs(self) -> int:
         """How many numbers a model has to give for one record."""
-        return len(self._schema.classes) or 1
+        return len(self.schema.classes) or 1
 
     @property
     def stages(self) -> int:
@@ -380,7 +401,7 @@ class Preprocessor:
             for name, column in self._categories.items()
         )
         balanced = self._settings.class_weights == "balanced"
-        weights = (1.0,) * len(self._schema.classes) if balanced else ()
+        weights = (1.0,) * len(self.schema.classes) if balanced else ()
         return Fitted(0, True, 0.0, tuple(numbers), categories, weights)
 
     def encode(
@@ -441,7 +462,7 @@ class Preprocessor:
             for name, column in self._categories.items():
                 added.append(_tally(frame.codes[name][rows], counted, len(column.categories)))
         if part.classes:
-            added.append(_tally(frame.codes[self._schema.label][rows], counted, part.classes))
+            added.append(_tally(frame.codes[self.schema.label][rows], counted, part.classes))
         if part.moments:
             chosen = known[:, list(part.moments)]
             y = place[:, list(part.moments)] * 2 - 1
@@ -591,7 +612,7 @@ class Preprocessor:
             else:
                 self._fill(fitted, frame, rows, block)
         label = frame.target[usable]
-        target_range = self._schema.target_range
+        target_range = self.schema.target_range
         if target_range is None:
             target: NDArray[np.int64] | NDArray[np.float32] = label.astype(np.int64)
         else:
@@ -601,8 +622,8 @@ class Preprocessor:
             features=features,
             target=target,
             names=self.inputs,
-            task=self._schema.task,
-            classes=self._schema.classes,
+            task=self.schema.task,
+            classes=self.schema.classes,
             groups={n: t if everyone else t[usable] for n, t in frame.texts.items()},
             target_range=target_range,
         )
@@ -697,7 +718,7 @@ class Preprocessor:
         return self._settings.minimum_count > 0 or column.outside == "other"
 
     def _check_frame(self, frame: Frame) -> None:
-        if frame.schema is not self._schema and frame.schema.digest() != self._schema.digest():
+        if frame.schema is not self.schema and frame.schema.digest() != self.schema.digest():
             raise ValueError("the frame was read with another schema")
 
     def _check(self, fitted: Fitted, sums: int | None) -> None:
@@ -708,7 +729,7 @@ class Preprocessor:
         if (
             [n.name for n in fitted.numbers] != list(self._numbers)
             or list(categories.items()) != list(expected.items())
-            or len(fitted.weights) != (len(self._schema.classes) if balanced else 0)
+            or len(fitted.weights) != (len(self.schema.classes) if balanced else 0)
         ):
             raise ValueError("the fitted values are of other columns")
         if fitted.sums != (self.stages if sums is None else sums):
