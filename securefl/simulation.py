@@ -115,6 +115,11 @@ def _dealt(experiment: Experiment) -> Mapping[str, Frame | None]:
             )
         chosen = told[1].names or tuple(frames)
         return {_site_name(name): frames[name] for name in sorted(chosen)}
+    if len(frames) > 1 and told[1].partition != "column":
+        raise ConfigurationError(
+            f"{told[0].path} names {len(frames)} files, and sites.partition = "
+            f'"{told[1].partition}" would mix their rows: use "file", so that each is a site'
+        )
     return data.partition(Frame.concatenate(list(frames.values())), told[1], experiment.seed)
 
 
