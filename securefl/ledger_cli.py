@@ -167,6 +167,8 @@ def _named(place: Path) -> str:
 def _fields(entry: Entry) -> dict[str, Any]:
     told: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(entry))
     told.pop("curve", None)  # hundreds of numbers; the hash covers them
+    for release in told.get("releases", ()):
+        release.pop("curve")
     return told
 
 
@@ -180,7 +182,7 @@ def _flat(item: Standing) -> dict[str, Any]:
         "spent": item.spent,
         "left": item.left,
         "runs": len(item.runs),
-        "rounds": sum(run.charged for run in item.runs),
+        "rounds": sum(run.charged + sum(run.released.values()) for run in item.runs),
     }
 
 
@@ -212,8 +214,7 @@ def _print(held: list[Standing]) -> None:
         )
         for run in item.runs:
             console.print(
-                f"  {run.opened[:10]}  {escape(run.experiment)}: {run.charged} of {run.rounds} "
-                f"rounds charged, {words.MECHANISMS[run.mechanism]}"
+                f"  {run.opened[:10]}  {escape(run.experiment)}: {words.run_charges(run)}"
             )
         for sentence in words.ledger_sentences(item):
             console.print(sentence)

@@ -260,6 +260,8 @@ purpose = {purpose}
 {person}
 # Where the records lie; a path that a server proposes is never read.
 # path = "records.csv"
+# What they hold (`securefl data schema` drafts it); a run on another schema is refused.
+# schema = "schema.toml"
 
 # What the data set may spend: over all runs and all servers, for ever.
 [budget]

@@ -358,7 +358,10 @@ class Standing:
 @final
 @dataclass(frozen=True, slots=True)
 class RunStanding:
-    """One run on a data set: what was asked, and how many rounds were charged."""
+    """One run on a data set: what was asked, and how many rounds were charged.
+
+    released: how often what else was charged, by name.
+    """
 
     run: str
     experiment: str
@@ -367,6 +370,7 @@ class RunStanding:
     rounds: int
     epsilon: float
     charged: int
+    released: Mapping[str, int] = field(default_factory=dict)
 
 
 @final
@@ -665,6 +669,7 @@ class Ledger:
                     rounds=r.opened.rounds,
                     epsilon=r.opened.epsilon,
                     charged=r.charged,
+                    released=dict(r.released),
                 )
                 for r in runs
             ),

@@ -373,6 +373,7 @@ class Asked:
             Sentence("who takes part", self._told_sites()),
             Sentence("model", self._told_model()),
             Sentence("protocol", self._told_protocol()),
+            *self._told_data(),
             Sentence("privacy", self._told_privacy()),
             Sentence("budget", self._told_budget()),
             Sentence("leaves the site", self._told_traffic()),
@@ -437,6 +438,35 @@ class Asked:
         if protocol.reveal == "sites":
             told += " The sum and the model stay with the sites; the server gets neither."
         return told
+
+    def _told_data(self) -> Iterator[Sentence]:
+        """What is summed besides updates, where records are read by a schema."""
+        schema, evaluation = self.experiment.data.agreed, self.experiment.evaluation
+        fitting = agreement.preprocessor(self.experiment, self.sites)
+        if schema is None or fitting is None:
+            return
+        features = ", ".join(self.experiment.data.features)
+        yield Sentence(
+            "data",
+            f"Files as the schema {schema.name!r} says, {schema.digest().hex()[:16]}. The model "
+            f"learns {schema.label} from {features}.",
+        )
+        if fitting.stages:
+            noise = "exact" if self.plan is None else "with noise, within the run's epsilon"
+            yield Sentence(
+                "statistics",
+                f"Before training, sums over all sites' training records are opened, {noise}: "
+                f"{fitting.revealed}.",
+            )
+        if evaluation is not None:
+            covered = self.plan is not None and evaluation.protected
+            noise = "with noise, at the run's own epsilon" if covered else "exact"
+            times = words.counted(agreement.evaluations(self.experiment), "time")
+            yield Sentence(
+                "test figures",
+                f"{times}, sums of counts over all sites' test records are opened, {noise}. No "
+                "training reads these records.",
+            )
 
     def _told_privacy(self) -> str:
         plan, privacy = self.plan, self.experiment.privacy

@@ -12,7 +12,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 from protocols.graph import SPARSE_ABOVE
 from securefl.config import Encryption
-from securefl.privacy.ledger import Standing
+from securefl.privacy.ledger import RunStanding, Standing
 from securefl.records import RoundRecord, Summary
 
 _NAMES = {
@@ -136,7 +136,7 @@ MECHANISMS: Mapping[str, str] = {
 def ledger_sentences(standing: Standing) -> tuple[str, ...]:
     """Where a data set stands, in words."""
     spent, unit = standing.spent, standing.unit
-    charged = sum(run.charged for run in standing.runs)
+    charged = sum(run.charged + sum(run.released.values()) for run in standing.runs)
     if not charged:
         return ("Nothing was spent: no round was ever charged to this data set.",)
     whose = "site's whole contribution" if unit == "site" else unit
@@ -167,6 +167,18 @@ def ledger_sentences(standing: Standing) -> tuple[str, ...]:
             "round that would exceed the budget is refused before a record is read for it."
         )
     return tuple(told)
+
+
+def run_charges(run: RunStanding) -> str:
+    """What a run was charged for, in words."""
+    fitted = sum(n for name, n in run.released.items() if name.startswith("statistics"))
+    tested = run.released.get("evaluation", 0)
+    told = f"{run.charged} of {run.rounds} rounds"
+    if fitted:
+        told += f", {counted(fitted, 'sum')} of statistics"
+    if tested:
+        told += f", {counted(tested, 'sum')} of test figures (other records)"
+    return f"{told} charged, {MECHANISMS[run.mechanism]}"
 
 
 def counted(count: int, noun: str) -> str:
