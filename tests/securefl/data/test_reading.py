@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from securefl.data.frames import MISSING, Frame
@@ -161,7 +161,8 @@ BROKEN: Mapping[str, tuple[bytes, Sequence[str]]] = {
     "UTF-16": (GOOD.decode().encode("utf-16"), ["UTF-16", "save it as UTF-8"]),
     "UTF-16 without a mark": (GOOD.decode().encode("utf-16-le"), ["header", "NUL", "UTF-8"]),
     "bare carriage returns": (GOOD.replace(b"\n", b"\r"), ["header", "carriage return", "save"]),
-    "gzip cut short": (gzip.compress(GOOD + b"p4,1,100,m,\n" * 50)[:-20], ["gzip", "cut short", "copy"]),
+    "gzip cut short": (
+        gzip.compress(GOOD + b"p4,1,100,m,\n" * 50)[:-20], ["gzip", "cut short", "copy"]),
     "gzip with a wrong bit": (
         gzip.compress(GOOD)[:-8] + b"\0" * 8, ["gzip", "damaged", "copy"]),
     "a gzip header only": (b"\x1f\x8b\x08", ["gzip", "copy"]),
@@ -435,17 +436,24 @@ def test_bytes_are_read_or_refused_and_nothing_else(
 ) -> None:
     """No other error than ConfigurationError, and in one line."""
     path = written(tmp_path_factory.mktemp("bytes"), start + content, name)
+    read_ = attempt(path)
+    if isinstance(read_, ConfigurationError):
+        assert str(path) in str(read_)
+        assert len(str(read_).splitlines()) == 1
+
+
+def attempt(path: Path, chunk: int = 5) -> int | ConfigurationError:
+    """How many rows the ward's schema reads, or the refusal."""
     try:
-        assert load(path, ward()).rows > 0
+        return sum(frame.rows for frame in read(path, ward(), chunk=chunk))
     except ConfigurationError as error:
-        assert str(path) in str(error)
-        assert len(str(error).splitlines()) == 1
+        return error
 
 
 @given(
     row=st.integers(0, 9),
     column=st.integers(0, 4),
-    cell=WORDS | st.floats().map(str) | st.integers(-10, 700).map(str) | st.just("p\0"),
+    cell=WORDS | st.floats().map(str) | st.integers(-10, 700).map(str),
     chunk=st.integers(1, 11),
 )
 @settings(max_examples=200)
@@ -453,7 +461,6 @@ def test_a_cell_changed_is_legal_or_named(
     tmp_path_factory: pytest.TempPathFactory, row: int, column: int, cell: str, chunk: int
 ) -> None:
     """The message names exactly the row and the column that was changed."""
-    assume("\0" not in cell)
     names = ["who", "age", "chol", "sex", "disease"]
     rows = [["p", "50", "200", "m", "absent"] for _ in range(10)]
     rows[row][column] = cell
@@ -461,17 +468,12 @@ def test_a_cell_changed_is_legal_or_named(
     csv.writer(text).writerows([names, *rows])
     path = written(tmp_path_factory.mktemp("cell"), text.getvalue().encode())
     name = names[column]
-    try:
-        frames = list(read(path, ward(), chunk=chunk))
-    except ConfigurationError as error:
-        assert isinstance(error, FileError)
-        assert f": column {name!r}, row {row + 1}: " in str(error) or (
-            f": column {name!r}, row {row + 1} (line " in str(error)
-        )
-        assert not legal(name, cell.strip())
-        return
-    assert legal(name, cell.strip())
-    assert sum(frame.rows for frame in frames) == 10
+    read_ = attempt(path, chunk)
+    if legal(name, cell.strip()):
+        assert read_ == 10
+    else:
+        assert isinstance(read_, FileError)
+        assert f": column {name!r}, row {row + 1}: " in str(read_)
 
 
 def legal(name: str, cell: str) -> bool:
@@ -542,7 +544,8 @@ def test_parquet_numbers_may_be_stored_in_any_way(tmp_path: Path, values: Any) -
 @pytest.mark.parametrize(
     ("name", "values", "told"),
     [
-        ("age", pa.array([0, 1, 2], pa.timestamp("ms")), ["column 'age' holds timestamp", "number"]),
+        ("age", pa.array([0, 1, 2], pa.date64()), ["column 'age' holds date", "number"]),
+        ("age", pa.array([0, 1, 2], pa.timestamp("s")), ["column 'age' holds timestamp"]),
         ("sex", [[1], [2], [3]], ["column 'sex' holds list", "category"]),
         ("who", [b"a", b"b", b"c"], ["column 'who' holds binary", "text"]),
         ("age", [1.0, 200.0, 3.0], ["column 'age', row 2", "200", "0 to 120 years"]),
