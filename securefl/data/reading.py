@@ -53,6 +53,8 @@ LONGEST_TEXT: Final = 200
 SEPARATORS: Final = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}
 
 FOREIGN: Final = {
+    b'[{"': ("JSON", "export the table as CSV"),
+    b'{"': ("JSON", "export the table as CSV"),
     b"PK\x03\x04": ("an Excel workbook or a ZIP archive", "export the table as CSV"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "export the table as CSV"),
     b"%PDF-": ("a PDF document", "export the table as CSV"),
@@ -231,8 +233,8 @@ def _text_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
         fault: ConfigurationError | None = None
         try:
             for line, fields in islice(records, limit):
-                if separator == " " and len(fields) == len(names) + 1 and not fields[-1]:
-                    fields.pop()  # blanks at the line's end
+                if separator == " ":
+                    _drop_end(fields, len(names))
                 if len(fields) != len(names):
                     row = before + len(rows) + 1
                     raise _ragged(
@@ -290,10 +292,10 @@ def _separator(path: Path, schema: Schema) -> str:
         reader = csv.reader(sample, delimiter=separator, skipinitialspace=True)
         try:
             for record in reader:
-                if not "".join(record).strip():
+                if _is_blank(record):
                     continue
-                if separator == " " and not record[-1]:
-                    record.pop()
+                if separator == " ":
+                    _drop_end(record, len(schema.columns))
                 fields = max(fields, len(record))
                 if schema.header:
                     found = len({name.strip() for name in record} & schema.columns.keys())
@@ -315,7 +317,7 @@ def _records(path: Path, separator: str, header: bool) -> Iterator[tuple[int, li
         reader = csv.reader(_lines(file), delimiter=separator, skipinitialspace=True, strict=True)
         try:
             for fields in reader:
-                if fields and (len(fields) > 1 or fields[0].strip()):
+                if not _is_blank(fields):
                     yield line, fields
                     row += 1
                 line = reader.line_num + 1
@@ -324,6 +326,16 @@ def _records(path: Path, separator: str, header: bool) -> Iterator[tuple[int, li
         except csv.Error as error:
             fault = f"{_place(row, line, header)}: {_csv_fault(str(error), line)}"
             raise ConfigurationError(f"{path}: {fault}") from None
+
+
+def _drop_end(fields: list[str], width: int) -> None:
+    """Blanks at a line's end are no field."""
+    if len(fields) == width + 1 and not fields[-1]:
+        fields.pop()
+
+
+def _is_blank(fields: Sequence[str]) -> bool:
+    return not fields or (len(fields) == 1 and not fields[0].strip())
 
 
 def _csv_fault(told: str, line: int) -> str:
