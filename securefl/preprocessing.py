@@ -601,7 +601,8 @@ class Preprocessor:
         usable = self.usable(frame)
         everyone = bool(usable.all())
         features = np.empty((int(usable.sum()), *self.shape), np.float32)
-        step = max(1, min(APPLIED_ROWS, (1 << 22) // math.prod(self.shape)))
+        pixels = math.prod(self.shape) if self._image is not None else 1
+        step = max(1, min(APPLIED_ROWS, (1 << 22) // pixels))
         done = 0
         for start in range(0, len(frame), step):
             rows = start + np.flatnonzero(usable[start : start + step])

@@ -602,6 +602,27 @@ def test_with_noise_figures_are_as_close_as_the_noise_allows():
             assert abs(ours.fill - theirs.fill) < (high - low) * 0.02
 
 
+def test_noise_moves_a_quantile_by_few_ranks():
+    """Noise of 20 records in each of 256 bins is worth 16 * 20 / 2 ranks, not a thousand."""
+    rng = np.random.default_rng(9)
+    ages = np.clip(rng.gamma(2, 6, 20_000), 0, 120)  # most bins are empty
+    frame = Frame(STAY, len(ages), {"age": ages, "days": np.zeros(len(ages))})
+    said = Preprocessing(clip_quantiles=(0.05, 0.95), impute="median")
+    noisy = make(said, NOISY, STAY)
+    worst = 6 * 20 * math.sqrt(256) / 2
+    source = Keystream(Seed(bytes(32)), "quantiles")
+
+    def noise(_: int, size: int) -> np.ndarray:
+        return DiscreteGaussian(20.0 * 4096).sample(source, size)
+
+    for _ in range(20):
+        (number,) = fit(noisy, frame, noise=noise).numbers
+        bin_ = 120 / 256
+        for value, share in ((number.low, 0.05), (number.fill, 0.5), (number.high, 0.95)):
+            assert (ages <= value - bin_).sum() <= share * len(ages) + worst
+            assert (ages <= value + bin_).sum() >= share * len(ages) - worst
+
+
 # ------------------------------------------------------------------ the fitted values
 
 
