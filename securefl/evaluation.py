@@ -30,7 +30,7 @@ def evaluate(
     """
     if len(table) == 0:
         raise ConfigurationError("no held-out records to test on: raise data.test_fraction")
-    outputs, losses = _forward(module, loss, table, device)
+    outputs, losses = forward(module, loss, table, device)
     figures = {"test_loss": float(losses.mean())}
     if table.task == "classification":
         figures["test_accuracy"] = float((outputs.argmax(axis=1) == table.target).mean())
@@ -51,7 +51,7 @@ def evaluate(
     return figures
 
 
-def _forward(
+def forward(
     module: nn.Module, loss: Loss, table: Table, device: torch.device | str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The outputs [n, outputs] and losses [n] of every record."""
