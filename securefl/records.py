@@ -21,6 +21,7 @@ from securefl.tallies import Figures
 
 EXPERIMENT = "experiment.toml"
 METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 SITES = "sites.txt"
 """Where the sites of a simulation have folders of their own."""
 SUMMARY = "summary.json"
@@ -111,16 +112,31 @@ class RoundRecord(_Record, frozen=True):
 
 
 class EvaluationRecord(_Record, frozen=True):
-    """One evaluation at the sites: a line of `evaluations.jsonl`."""
+    """Test figures from sums over the sites: a line of `evaluations.jsonl`.
+
+    Raises ValueError for what no evaluation can be.
+    """
 
     update: int
-    """How many aggregates had been applied."""
+    """The model that was tested: how many aggregates had been applied."""
     round: int
+    """The number of the evaluation's own round."""
     sites: tuple[str, ...]
-    """Whose counts are in the sum."""
+    """Whose test rows are in the sums."""
     figures: Figures
+    epsilon: float | None = None
+    """What the evaluations so far cost a test row (or person); None where nothing protects it."""
     bytes_up: int = 0
+    """From all sites to the server."""
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.update <= self.round:
+            raise ValueError(f"round {self.round} cannot have tested update {self.update}")
+        if not self.sites or len(set(self.sites)) != len(self.sites):
+            raise ValueError("sites names nobody, or somebody twice")
+        if self.epsilon is not None:
+            _check_amounts("epsilon", {"the test rows": self.epsilon})
 
 
 class Summary(_Record, frozen=True):
@@ -201,19 +217,24 @@ class Summary(_Record, frozen=True):
 
 @dataclass(frozen=True)
 class History:
-    """What a run directory tells; `summary` is None while the run is unfinished."""
+    """What a run directory tells; `summary` is None while the run is unfinished.
+
+    The figures of `evaluations` stand in the metrics of their rounds as well.
+    """
 
     directory: Path
     experiment: config.Experiment
     rounds: tuple[RoundRecord, ...]
     summary: Summary | None
+    evaluations: tuple[EvaluationRecord, ...] = ()
 
 
 def read_history(directory: Path) -> History:
-    """The experiment, finished rounds and summary in the run directory `directory`.
+    """The experiment, finished rounds, evaluations and summary in the run directory `directory`.
 
     A last line of `metrics.jsonl` without its line end was cut short by a kill: that round never
-    finished, so it is left out.
+    finished, so it is left out, and so are evaluations of it. Of two evaluations of one update,
+    which an interrupted run may have repeated, the later counts.
 
     Raises ConfigurationError for a folder that is no run directory or holds a damaged file.
     """
@@ -224,25 +245,59 @@ def read_history(directory: Path) -> History:
         )
     summary = _read(directory / SUMMARY)
     where = str(directory / SUMMARY)
+    rounds = tuple(_rounds(directory / METRICS))
+    updates = {record.update for record in rounds}
+    evaluations = {
+        record.update: record
+        for record in _evaluations(directory / EVALUATIONS)
+        if record.update in updates
+    }
     return History(
         directory=directory,
         experiment=config.load(directory / EXPERIMENT),
-        rounds=tuple(_rounds(directory / METRICS)),
+        rounds=tuple(_with_figures(record, evaluations.get(record.update)) for record in rounds),
         summary=Summary.from_json(summary, where) if summary is not None else None,
+        evaluations=tuple(evaluations.values()),
     )
+
+
+def _with_figures(record: RoundRecord, evaluation: EvaluationRecord | None) -> RoundRecord:
+    if evaluation is None:
+        return record
+    metrics = record.metrics | evaluation.figures.values
+    return msgspec.structs.replace(record, metrics=metrics)
 
 
 def _rounds(path: Path) -> Iterable[RoundRecord]:
     last = 0
-    for number, line in enumerate((_read(path) or b"").split(b"\n")[:-1], start=1):
-        record = RoundRecord.from_json(line, f"{path} line {number}")
+    for where, line in _lines(path):
+        record = RoundRecord.from_json(line, where)
         if record.round <= last:
-            raise ConfigurationError(
-                f"{path} line {number} is damaged: round {record.round} after round {last}; "
-                "restore the file from a copy, or repeat the run"
-            )
+            raise _disorder(where, f"round {record.round} after round {last}")
         last = record.round
         yield record
+
+
+def _evaluations(path: Path) -> Iterable[EvaluationRecord]:
+    last = 0
+    for where, line in _lines(path):
+        record = EvaluationRecord.from_json(line, where)
+        if record.update < last:
+            raise _disorder(where, f"update {record.update} after update {last}")
+        last = record.update
+        yield record
+
+
+def _lines(path: Path) -> Iterable[tuple[str, bytes]]:
+    """Where each finished line of `path` stands, and the line; none where there is no file."""
+    for number, line in enumerate((_read(path) or b"").split(b"\n")[:-1], start=1):
+        yield f"{path} line {number}", line
+
+
+def _disorder(where: str, what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{where} is damaged: {what}; restore the file from a copy, or repeat the run"
+    )
 
 
 def _read(path: Path) -> bytes | None:

@@ -343,6 +343,7 @@ class _Job:
             round=summed.number,
             sites=summed.contributors,
             figures=figures,
+            epsilon=self._most_tested(folder),
             bytes_up=sum(summed.traffic.bytes_up.values()),
             seconds=round(sum(summed.traffic.seconds.values()), 3),
         )
@@ -599,6 +600,13 @@ class _Job:
             if release.held_out
         ]
         return accounting.epsilon(counted, plan.delta)
+
+    def _most_tested(self, folder: Path) -> float | None:
+        """The same at the site that spent most; None where nothing protects test records."""
+        plan = self.plan
+        if plan is None or not any(release.held_out for release in self.releases.values()):
+            return None
+        return max(self._tested(folder, site, plan) for site in self.consortium.sites)
 
     def _spent_publicly(self, folder: Path) -> float | None:
         """Epsilon against whoever sees only the models, where noise is distributed."""

@@ -12,7 +12,16 @@ import pytest
 from hypothesis import settings
 
 from securefl import config
-from securefl.records import EXPERIMENT, METRICS, SUMMARY, RoundRecord, Summary
+from securefl.records import (
+    EVALUATIONS,
+    EXPERIMENT,
+    METRICS,
+    SUMMARY,
+    EvaluationRecord,
+    RoundRecord,
+    Summary,
+)
+from securefl.tallies import Figures
 
 # Shared machines stall, and how long an example takes is no promise of ours.
 settings.register_profile("securefl", deadline=None, derandomize=True)
@@ -74,7 +83,10 @@ def a_summary(records: list[RoundRecord], sites: tuple[str, ...], **changes: Any
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """Write a run directory and return it; keywords change what a plain private run holds."""
+    """Write a run directory and return it; keywords change what a plain private run holds.
+
+    `evaluations`: the figures from sums over the sites, by update; `protected`: their epsilon.
+    """
 
     def write(
         name: str = "run",
@@ -87,6 +99,8 @@ def write_run(tmp_path: Path) -> WriteRun:
         records: Mapping[str, Any] | None = None,
         summary: Mapping[str, Any] | None = None,
         aborted: Collection[int] = (),
+        evaluations: Mapping[int, Figures] | None = None,
+        protected: float | None = None,
     ) -> Path:
         directory = tmp_path / name
         directory.mkdir()
@@ -113,6 +127,14 @@ def write_run(tmp_path: Path) -> WriteRun:
                 changes["epsilon"] = {}
             made.append(a_round(number, update, names, **(changes | dict(records or {}))))
         (directory / METRICS).write_text("".join(r.to_json() + "\n" for r in made))
+        if evaluations:
+            tested = (
+                EvaluationRecord(
+                    made[update - 1].update, made[update - 1].round, names, figures, protected
+                )
+                for update, figures in evaluations.items()
+            )
+            (directory / EVALUATIONS).write_text("".join(e.to_json() + "\n" for e in tested))
         if finished:
             open_: dict[str, Any] = {"private": False, "why_not_private": "there is no plan"}
             no_plan = open_ | {"delta": None, "adjacency": None, "accountant": None}

@@ -7,18 +7,21 @@ security policy forbids it), runs no script, and prints on A4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from protocols.catalogue import PROTOCOLS
 from securefl import agreement, store
-from securefl.config import ConfigurationError
+from securefl.config import ConfigurationError, Experiment
 from securefl.privacy.ledger import Accepted, Ledger, Registered
 from securefl.records import REPORT, SUMMARY, History, Summary, read_history
 from securefl.report import words
 
 __all__ = ["write_ledger_page", "write_report"]
+
+_KEY_FIGURES = 3  # of merit, where a table has them all
 
 
 def write_report(directory: Path) -> Path:
@@ -78,7 +81,7 @@ def _decisions(ledger: Ledger, dataset: str) -> Sequence[str]:
 
 
 def _render(history: History, summary: Summary) -> str:
-    from securefl.report.plots import plots  # matplotlib is slow to import
+    from securefl.report.plots import evaluation_plots, plots  # matplotlib is slow to import
 
     plan = history.experiment.privacy
     spent = max(summary.epsilon.values(), default=0.0)
@@ -102,7 +105,11 @@ def _render(history: History, summary: Summary) -> str:
             guarantees=words.guarantees(history.experiment.protocol, len(summary.sites)),
             figures=_figures(history, summary),
             spending=_spending(summary),
-            plots=plots(history.rounds, plan.epsilon if plan else None),
+            plots=plots(
+                history.rounds, plan.epsilon if plan else None, metrics=not history.evaluations
+            ),
+            test=_test(history),
+            test_plots=evaluation_plots(history.evaluations, *_threshold(history.experiment)),
             dropouts=_dropouts(summary),
             aborted=words.ranges(summary.aborted_rounds),
         )
@@ -122,9 +129,10 @@ def _environment() -> jinja2.Environment:
 def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
     """The key figures, each with its name and unit."""
     budget = history.experiment.rounds
+    keys = words.in_order(summary.metric)
     merit = [
         (words.sentence_case(words.metric_name(key)), words.number(summary.metric[key]))
-        for key in words.in_order(summary.metric)
+        for key in (keys[:_KEY_FIGURES] if history.evaluations else keys)
     ]
     return [
         *merit,
@@ -142,6 +150,68 @@ def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
         *_thresholds(history, len(summary.sites)),
         ("securefl version", summary.version),
     ]
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The last evaluation at the sites, in words.
+
+    figures: (name, value, interval, meaning). recalls: (class, share recognised).
+    """
+
+    source: str
+    figures: Sequence[tuple[str, str, str, str]]
+    recalls: Sequence[tuple[str, str]]
+
+
+def _test(history: History) -> _Test | None:
+    """What the last evaluation at the sites told; None where there was none."""
+    if not history.evaluations:
+        return None
+    last = history.evaluations[-1]
+    figures = last.figures
+    rows = f"{'' if figures.exact else 'about '}{round(figures.rows):,}"
+    people = history.experiment.privacy is not None and history.experiment.privacy.unit == "person"
+    whose = "people" if people and not figures.exact else "test rows"
+    source = (
+        f"From sums over {words.counted(len(last.sites), 'site')}, of {rows} {whose} after round "
+        f"{last.round}; no test row left its site. "
+    )
+    if figures.exact:
+        source += "The sums were exact."
+    else:
+        source += "The sums carried noise"
+        if last.epsilon is not None:
+            source += f": epsilon {words.rounded_up(last.epsilon)} protects the test rows"
+        source += ". Intervals count the noise."
+    schema = history.experiment.data.agreed
+    classes = schema.classes if schema is not None else ()
+    names = classes or [f"class {number}" for number in range(len(figures.recalls))]
+    return _Test(
+        source,
+        [
+            (
+                words.sentence_case(words.metric_name(key)),
+                words.number(figures.values[key]),
+                words.interval(figures.intervals[key]) if key in figures.intervals else "–",
+                words.MEANINGS.get(key, ""),
+            )
+            for key in words.in_order(figures.values)
+        ],
+        [
+            (name, "–" if recall is None else words.number(recall))
+            for name, recall in zip(names, figures.recalls, strict=False)
+        ]
+        if len(figures.recalls) > 2
+        else [],
+    )
+
+
+def _threshold(experiment: Experiment) -> tuple[float, str | None]:
+    """The probability from which the last of two classes is predicted, and its name."""
+    schema, evaluation = experiment.data.agreed, experiment.evaluation
+    classes = schema.classes if schema is not None else ()
+    return evaluation.threshold if evaluation is not None else 0.5, classes[-1] if classes else None
 
 
 def _clip(history: History) -> Sequence[tuple[str, str]]:

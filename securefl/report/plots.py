@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from securefl.records import RoundRecord
+from securefl.records import EvaluationRecord, RoundRecord
 from securefl.report import words
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
@@ -66,16 +66,19 @@ class Plot:
     source: str
 
 
-def plots(rounds: Sequence[RoundRecord], budget: float | None = None) -> list[Plot]:
+def plots(
+    rounds: Sequence[RoundRecord], budget: float | None = None, *, metrics: bool = True
+) -> list[Plot]:
     """Every plot that these rounds can fill; none for no rounds.
 
-    `budget` is the epsilon that the plan allows each site.
+    `budget` is the epsilon that the plan allows each site. Without `metrics` figures of merit are
+    left out: `evaluation_plots` draws those from sums over the sites.
     """
     if not rounds:
         return []
     drawn: list[Plot | None] = []
     with mpl.rc_context(_STYLE):
-        drawn += _metrics(rounds)
+        drawn += _metrics(rounds) if metrics else []
         drawn.append(_epsilon(rounds, budget))
         drawn.append(_clip(rounds))
         drawn.append(_sparsity(rounds))
@@ -109,18 +112,151 @@ def plots(rounds: Sequence[RoundRecord], budget: float | None = None) -> list[Pl
     return [plot for plot in drawn if plot is not None]
 
 
+def evaluation_plots(
+    evaluations: Sequence[EvaluationRecord], threshold: float = 0.5, positive: str | None = None
+) -> list[Plot]:
+    """Every plot that evaluations at the sites can fill; none for no evaluations.
+
+    ROC curve and calibration are of the last one. `threshold`: the probability from which the
+    class `positive` is predicted, where there are two.
+    """
+    if not evaluations:
+        return []
+    with mpl.rc_context(_STYLE):
+        drawn = [
+            _roc(evaluations[-1], threshold),
+            _calibration(evaluations[-1], positive),
+            *(_learning(evaluations, keys) for keys in _PANELS),
+        ]
+    return [plot for plot in drawn if plot is not None]
+
+
+_PANELS = (
+    ("test_auc", "test_accuracy", "test_balanced_accuracy"),
+    ("test_r2",),
+    ("test_rmse", "test_mae"),
+    ("test_loss",),
+)
+
+
+def _roc(evaluation: EvaluationRecord, threshold: float) -> Plot | None:
+    figures = evaluation.figures
+    if not figures.roc:
+        return None
+    figure, axes = _unit_square()
+    area = figures.values.get("test_auc")
+    told = "ROC curve" if area is None else f"AUC {words.number(area)}"
+    marker = "o" if len(figures.roc) <= _FEW else ""
+    axes.plot(*zip(*figures.roc, strict=True), marker=marker, clip_on=False, label=told)
+    axes.plot([0, 1], [0, 1], color="#9aa5b1", linestyle="--", linewidth=1.2, label="chance")
+    alt = f"ROC curve from sums over the sites; {told}."
+    sensitivity, specificity = (
+        figures.values.get(f"test_{key}") for key in ("sensitivity", "specificity")
+    )
+    if sensitivity is not None and specificity is not None:
+        at = f"at the threshold {threshold:g}"
+        axes.plot(
+            1 - specificity,
+            sensitivity,
+            "o",
+            color=_COLOURS[5],
+            markersize=8,
+            clip_on=False,
+            label=at,
+        )
+        alt += f" Sensitivity {words.number(sensitivity)}, specificity "
+        alt += f"{words.number(specificity)} {at}."
+    axes.set_xlabel("false positive rate (1 − specificity)")
+    axes.set_ylabel("sensitivity")
+    axes.legend(loc="lower right")
+    return _finish(
+        figure,
+        "ROC curve",
+        "What share of the last class is recognised, against the share of the other class that is "
+        "mistaken for it, for every threshold. All sites' test rows together.",
+        alt,
+    )
+
+
+def _calibration(evaluation: EvaluationRecord, positive: str | None) -> Plot | None:
+    groups = evaluation.figures.calibration
+    if not groups:
+        return None
+    figure, axes = _unit_square()
+    axes.plot([0, 1], [0, 1], color="#9aa5b1", linestyle="--", linewidth=1.2, label="calibrated")
+    predicted, observed, rows = (np.array(column) for column in zip(*groups, strict=True))
+    axes.plot(predicted, observed, color=_COLOURS[0], linewidth=1.0)
+    sizes = 12 + 150 * rows / rows.max()
+    axes.scatter(predicted, observed, sizes, color=_COLOURS[0], alpha=0.75, linewidth=0, zorder=3)
+    axes.collections[-1].set_label("test rows, larger where more")
+    two = len(evaluation.figures.recalls) == 2
+    of = (f"“{positive}”" if positive else "the last class") if two else "the likeliest class"
+    axes.set_xlabel(f"predicted probability of {of}")
+    axes.set_ylabel("observed share" if two else "share that is right")
+    axes.legend(loc="upper left")
+    pairs = "; ".join(f"{words.number(p)}: {words.number(o)}" for p, o, _ in groups)
+    return _finish(
+        figure,
+        "Calibration",
+        "Of the rows with about the same predicted probability, the share for which it came true. "
+        "Points above the line: the model says too little.",
+        f"Observed share by predicted probability of {of}: {pairs}.",
+    )
+
+
+def _learning(evaluations: Sequence[EvaluationRecord], keys: Sequence[str]) -> Plot | None:
+    """Figures by round with their intervals as bands; None for fewer than two evaluations."""
+    told = [key for key in keys if sum(key in e.figures.values for e in evaluations) > 1]
+    if not told:
+        return None
+    figure, axes = _canvas(evaluations)
+    for key, colour in zip(told, _COLOURS, strict=False):
+        known = [e for e in evaluations if key in e.figures.values]
+        x = [e.round for e in known]
+        low, high = zip(*(e.figures.intervals[key] for e in known), strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        marker = "o" if len(known) <= _FEW else ""
+        axes.plot(x, [e.figures.values[key] for e in known], marker=marker, color=colour)
+        axes.lines[-1].set_label(words.metric_name(key))
+    _legend(axes)
+    axes.set_ylabel(_UNITS.get(told[0], "from 0 to 1"))
+    title = " and ".join(words.metric_name(key) for key in told)
+    runs = "; ".join(
+        f"{words.metric_name(key)} from "
+        f"{_first_to_last([e.figures.values.get(key) for e in evaluations])}"
+        for key in told
+    )
+    return _finish(
+        figure,
+        words.sentence_case(title),
+        "On all sites' test rows, from sums over the sites. The band is the 95 % interval.",
+        f"By round: {runs}.",
+    )
+
+
+def _unit_square() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_SIZE[0], 1.3 * _SIZE[1]), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.01)
+    return figure, axes
+
+
+_UNITS = {
+    "test_mse": "squared units of the target",
+    "test_rmse": "units of the target",
+    "test_mae": "units of the target",
+    "test_r2": "share of variance explained",
+    "test_loss": "mean loss a record",
+}
+
+
 def _metrics(rounds: Sequence[RoundRecord]) -> list[Plot]:
     """Figures of merit: those on the scale from 0 to 1 together, the others on their own."""
     keys = words.in_order({key: 0.0 for record in rounds for key in record.metrics})
     shares = [key for key in keys if key in ("test_accuracy", "test_auc")]
     panels = [shares] if shares else []
     panels += [[key] for key in keys if key not in shares]
-    units = {
-        "test_mse": "squared units of the target",
-        "test_mae": "units of the target",
-        "test_r2": "share of variance explained",
-        "test_loss": "mean loss a record",
-    }
     made = []
     for panel in panels:
         figure, axes = _canvas(rounds)
@@ -134,7 +270,7 @@ def _metrics(rounds: Sequence[RoundRecord]) -> list[Plot]:
             "fraction of held-out records" if panel == ["test_accuracy"] else "from 0 to 1"
         )
         if panel is not shares:
-            axes.set_ylabel(units.get(panel[0], words.metric_name(panel[0])))
+            axes.set_ylabel(_UNITS.get(panel[0], words.metric_name(panel[0])))
         title = " and ".join(words.metric_name(key) for key in panel)
         told = "; ".join(
             f"{words.metric_name(key)} from {_first_to_last([r.metrics.get(key) for r in rounds])}"
@@ -289,14 +425,14 @@ def _by_phase(
     )
 
 
-def _canvas(rounds: Sequence[RoundRecord]) -> tuple[Figure, Axes]:
+def _canvas(rounds: Sequence[RoundRecord | EvaluationRecord]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
     _round_axis(axes, rounds)
     return figure, axes
 
 
-def _round_axis(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
+def _round_axis(axes: Axes, rounds: Sequence[RoundRecord | EvaluationRecord]) -> None:
     first, last = rounds[0].round, rounds[-1].round
     margin = max(0.6, 0.02 * (last - first))
     axes.set_xlim(first - margin, last + margin)

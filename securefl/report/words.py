@@ -8,22 +8,51 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
 
 from protocols.graph import SPARSE_ABOVE
 from securefl.config import Encryption
 from securefl.privacy.ledger import RunStanding, Standing
 from securefl.records import RoundRecord, Summary
+from securefl.tallies import LOSS_CAP
 
 _NAMES = {
     "test_accuracy": "test accuracy",
     "test_accuracy_mean_of_sites": "test accuracy, mean of the sites",
     "test_r2": "test R²",
     "test_auc": "test AUC",
+    "test_balanced_accuracy": "test balanced accuracy",
+    "test_sensitivity": "test sensitivity",
+    "test_specificity": "test specificity",
+    "test_average_precision": "test average precision",
+    "test_brier": "test Brier score",
+    "test_calibration_error": "test calibration error",
+    "test_rmse": "test root mean squared error",
     "test_mae": "test mean absolute error",
     "test_mse": "test mean squared error",
+    "test_bias": "test mean error",
     "test_loss": "test loss",
 }  # the most telling first
+
+MEANINGS: Mapping[str, str] = {
+    "test_accuracy": "the share of records whose class is predicted",
+    "test_r2": "the share of the target's variance that is explained",
+    "test_auc": "the chance that a record of the last class is ranked above one of the first",
+    "test_balanced_accuracy": "the mean over classes of the share that is recognised",
+    "test_sensitivity": "the share of the last class that is recognised",
+    "test_specificity": "the share of the first class that is recognised",
+    "test_average_precision": "the mean precision over all records of the last class, from the "
+    "highest score down",
+    "test_brier": "the squared distance of the predicted probabilities from the truth; 0 is best",
+    "test_calibration_error": "how far predicted probabilities are from observed shares, mean over "
+    "records; chance alone raises it",
+    "test_rmse": "the root of the mean squared error",
+    "test_mae": "the mean size of an error",
+    "test_mse": "the mean square of an error",
+    "test_bias": "the mean error: above 0 the model says too much",
+    "test_loss": f"the mean loss, no record's counted above {LOSS_CAP:g}",
+}
+"""What each figure from sums over the sites is."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +289,22 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "not a number"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def interval(ends: tuple[float, float]) -> str:
+    """Both ends of an interval, rounded outwards to four digits after the point or in all.
+
+    >>> interval((0.78013, 0.82617)), interval((-12.34567, 1.0))
+    ('0.7801 to 0.8262', '-12.35 to 1')
+    """
+    told = []
+    for end, rounding in zip(ends, (ROUND_FLOOR, ROUND_CEILING), strict=True):
+        figure = Context(prec=4, rounding=rounding).create_decimal(repr(float(end)))
+        if abs(end) < 1:
+            with localcontext(Context(prec=28, rounding=rounding)):
+                figure = Decimal(repr(float(end))).quantize(Decimal("0.0001"))
+        told.append(f"{figure.normalize():f}" if figure else "0")
+    return " to ".join(told)
 
 
 def percent(value: float) -> str:

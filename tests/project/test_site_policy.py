@@ -22,7 +22,7 @@ IN_WORDS = {
 
 def test_every_key_is_explained() -> None:
     keys = {
-        *(f"data.{key}" for key in SiteData.model_fields),
+        *(f"data.{field.alias or key}" for key, field in SiteData.model_fields.items()),
         *(f"budget.{key}" for key in Budget.model_fields),
         *Policy.model_fields,
         *Site.model_fields,
