@@ -90,10 +90,17 @@ def draft(
         raise ConfigurationError(f"{path} holds no rows: choose a file that does")
     for column in columns:
         column.settle(path)
+    long = [column.name for column in columns if column.longest > reading.LONGEST_TEXT]
+    if long and not named:
+        raise ConfigurationError(
+            f"{path}: {long[0]} holds text of more than {reading.LONGEST_TEXT} characters, which "
+            f"no schema takes in: give the file a first row of names, and it can be left out"
+        )
+    columns = [column for column in columns if column.name not in long]
     decimal: Literal[".", ","] = "."
     if sum(c.numeric(",") for c in columns) > sum(c.numeric(".") for c in columns):
         decimal = ","
-    text = _written(path, columns, named, decimal, label)
+    text = _written(path, columns, named, decimal, label, long)
     return Draft(schemas.parse(text, f"the draft from {path}"), text)
 
 
@@ -264,20 +271,23 @@ def _whole(fields: list[str], width: int, separator: str) -> list[str]:
 
 
 def _has_names(sample: Sequence[Sequence[str]]) -> bool:
-    """Whether a table's first record looks like names: no numbers, and nothing said twice."""
+    """Whether a table's first record looks like names: no numbers, but numbers below; or nothing
+    in it that is said twice."""
     if not sample:
         return True
-    first = [cell.strip() for cell in sample[0]]
-    values = [cell for cell in first if cell]
-    if any(_DOT.fullmatch(v) or _COMMA.fullmatch(v) or v in _UNKNOWN for v in values):
+    first, below = [cell.strip() for cell in sample[0]], sample[1:]
+    names = [name for name in first if name]
+    if any(_is_number(name) or name in _UNKNOWN for name in names):
         return False
-    again = any(
-        cell.strip() == name
-        for record in sample[1:]
-        for cell, name in zip(record, first, strict=False)
-        if name
-    )
-    return bool(values) and len(set(values)) == len(values) and not again
+    columns = [[r[i].strip() for r in below if i < len(r)] for i in range(len(first))]
+    if any(column and all(map(_is_number, column)) for column in columns):
+        return True
+    again = any(name and name in column for name, column in zip(first, columns, strict=True))
+    return bool(names) and len(set(names)) == len(names) and not again
+
+
+def _is_number(cell: str) -> bool:
+    return (_DOT.fullmatch(cell) or _COMMA.fullmatch(cell)) is not None
 
 
 def _parquet(path: Path) -> list[_Seen]:
@@ -356,7 +366,7 @@ def _kind(seen: _Seen, decimal: str, learnt: bool = False) -> Kind:
     """The type to draft. learnt: it is the label."""
     if seen.image:
         return "image"
-    if not seen.values or seen.longest > 200:
+    if not seen.values or seen.longest > reading.LONGEST_TEXT:
         return "text"
     if seen.numeric(decimal):
         if seen.identifies and not learnt:
@@ -398,7 +408,12 @@ def _label(columns: Sequence[_Seen], decimal: str, label: str | None, path: Path
 
 
 def _written(
-    path: Path, columns: Sequence[_Seen], named: bool, decimal: str, label: str | None
+    path: Path,
+    columns: Sequence[_Seen],
+    named: bool,
+    decimal: str,
+    label: str | None,
+    long: Sequence[str],
 ) -> str:
     """The schema as TOML with comments."""
     learnt = _label(columns, decimal, label, path)
@@ -427,6 +442,8 @@ def _written(
     lines.append("# What means, in any column, that a value is not known (as the empty one does).")
     lines.append(f"missing = {_value(codes)}")
     lines.append(f"# seen: {columns[0].rows} rows")
+    for name in long:
+        lines.append(f"# Column {name} holds long text: it is left out, and never read.")
     for seen in columns:
         lines += ["", f"[columns.{_key(seen.name)}]"]
         lines += _column(seen, _kind(seen, decimal, seen is learnt), seen is learnt)
