@@ -88,6 +88,13 @@ def draft(
         raise ConfigurationError(f"{path} names its columns itself: leave --names out")
     if not columns or not columns[0].rows:
         raise ConfigurationError(f"{path} holds no rows: choose a file that does")
+    for name, count in Counter(column.name for column in columns).items():
+        if count > 1:
+            raise ConfigurationError(f"{path} has {name!r} twice among its names: rename one")
+        if not name.isprintable() or len(name) > 1000:
+            raise ConfigurationError(
+                f"{path}: {name[:60]!r} is no name of a column: write one line, or say --no-header"
+            )
     for column in columns:
         column.settle(path)
     long = [column.name for column in columns if column.longest > reading.LONGEST_TEXT]
@@ -126,29 +133,29 @@ class _Seen:
 
     def add(self, cells: Iterable[str]) -> None:
         """Take some rows' cells in."""
-        for cell, count in Counter(cells).items():
-            code = canonical(cell)
+        for cell, count in Counter(map(str.strip, cells)).items():
             self.rows += count
-            if not code or code in _UNKNOWN:
-                self.missing[code] += count
-            elif code in _WORDS or code in _BELOW_ZERO:
-                self.doubtful[code] += count
+            if not cell or cell in _UNKNOWN:
+                self.missing[cell] += count
+            elif cell in _WORDS or canonical(cell) in _BELOW_ZERO:
+                self.doubtful[cell] += count
             else:
-                self._add(code, count)
+                self._add(cell, count)
 
-    def _add(self, code: str, count: int) -> None:
+    def _add(self, cell: str, count: int) -> None:
+        code = canonical(cell)
         if self.dots or self.commas:
-            self.dots = self.dots and _DOT.fullmatch(code) is not None
-            self.commas = self.commas and _COMMA.fullmatch(code) is not None
+            self.dots = self.dots and _DOT.fullmatch(cell) is not None
+            self.commas = self.commas and _COMMA.fullmatch(cell) is not None
         if self.dots or self.commas:
-            number = float(code.replace(",", "."))
+            number = float(cell.replace(",", "."))
             if abs(number) > _LARGEST:
                 self.dots = self.commas = False
             self.whole = self.whole and number.is_integer()
-            self.padded = self.padded or _PADDED.fullmatch(code) is not None
+            self.padded = self.padded or _PADDED.fullmatch(cell) is not None
             self.least, self.most = min(self.least, number), max(self.most, number)
-        self.dates = self.dates and _DATE.fullmatch(code) is not None
-        self.longest = max(self.longest, len(code))
+        self.dates = self.dates and _DATE.fullmatch(cell) is not None
+        self.longest = max(self.longest, len(cell))
         if code in self.values or len(self.values) < KEPT:
             self.values[code] += count
         else:
@@ -157,11 +164,11 @@ class _Seen:
     def settle(self, path: Path) -> None:
         """With all rows seen, decide what the doubtful codes mean, and whether it is an image."""
         numbers = bool(self.values) and (self.dots or self.commas)
-        for code, count in self.doubtful.items():
-            if numbers and (code in _WORDS or self.least >= 0):
-                self.missing[code] += count
+        for cell, count in self.doubtful.items():
+            if numbers and (cell in _WORDS or self.least >= 0):
+                self.missing[cell] += count
             else:
-                self._add(code, count)
+                self._add(cell, count)
         self.doubtful.clear()
         if self.values and not self.many and not self.image and not path.is_dir():
             self._look_for_images(path.parent)
@@ -215,11 +222,8 @@ def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[
     if named:
         _, first = next(records, (0, []))
         found = [name.strip() for name in _whole(first, len(first) - 1, separator)]
-        for name, count in Counter(found).items():
-            if name and count > 1:
-                raise ConfigurationError(f"{path}: the header has {name!r} twice: rename one")
     else:
-        width = max(Counter(map(len, sample)).items(), key=lambda item: item[1])[0]
+        width, _ = _commonest(map(len, sample))
         found = list(names) or [f"column_{number}" for number in range(1, width + 1)]
         if len(found) != width:
             raise ConfigurationError(
@@ -257,11 +261,16 @@ def _separator(path: Path) -> tuple[str, list[list[str]]]:
             continue
         if separator == " ":
             records = [_whole(record, len(record) - 1, " ") for record in records]
-        width, often = max(Counter(map(len, records)).items(), default=(0, 0), key=lambda i: i[1])
+        width, often = _commonest(map(len, records))
         score = (often / len(records) if width > 1 else 0.0), width
         if score > best:
             best, chosen = score, (separator, records)
     return chosen
+
+
+def _commonest(numbers: Iterable[int]) -> tuple[int, int]:
+    """The number that comes most often, and how often; (0, 0) of none."""
+    return next(iter(Counter(numbers).most_common(1)), (0, 0))
 
 
 def _whole(fields: list[str], width: int, separator: str) -> list[str]:

@@ -338,3 +338,39 @@ def test_a_draft_accepts_the_very_file_it_was_drafted_from(
     frame = reading.load(path, found.schema)
     assert len(frame) == len(columns[0])
     assert tomllib.loads(found.text)["label"] == found.schema.label
+
+
+def accepted_or_told(path: Path, header: bool | None) -> None:
+    """Draft; the file is accepted, or one line said what is wrong with it."""
+    told, found = "", None
+    try:
+        found = draft(path, header=header)
+    except ConfigurationError as error:
+        told = str(error)
+    assert "\n" not in told
+    if found is not None:
+        assert len(reading.load(path, found.schema)) >= 1
+
+
+@settings(max_examples=150)
+@given(st.binary(max_size=200), st.sampled_from([None, True, False]))
+def test_any_bytes_give_a_draft_or_one_line(tmp_path_factory, data, header):
+    """And the draft accepts them."""
+    path = tmp_path_factory.mktemp("bytes") / "t.csv"
+    path.write_bytes(data)
+    accepted_or_told(path, header)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.lists(cells, min_size=1, max_size=4), min_size=1, max_size=20),
+    st.sampled_from([",", ";", "\t", "|", " ", "  "]),
+    st.sampled_from([None, True, False]),
+)
+def test_any_lines_give_a_draft_that_accepts_them_or_one_line(
+    tmp_path_factory, lines, separator, header
+):
+    """Ragged rows, stray quotes, separators within fields: nothing quoted, nothing escaped."""
+    path = tmp_path_factory.mktemp("lines") / "t.csv"
+    path.write_bytes("\n".join(separator.join(line) for line in lines).encode())
+    accepted_or_told(path, header)
