@@ -261,12 +261,12 @@ class _Histogram:
 
     def within(self, low: float, high: float) -> tuple[int, int]:
         """How many values lie in [low, high], and in how many bins."""
-        inside = (self.values >= low) & (self.values <= high)
-        return int(self.counts[inside].sum()), int(inside.sum())
+        part = self.part(low, high)
+        return int(part.counts.sum()), len(part.counts)
 
-    def above(self, bound: float) -> _Histogram:
-        """The part of it above `bound`."""
-        kept = self.values > bound
+    def part(self, low: float, high: float) -> _Histogram:
+        """The part of it in [low, high]."""
+        kept = (self.values >= low) & (self.values <= high)
         return _Histogram(self.values[kept], self.counts[kept], self.rows[kept])
 
 
@@ -438,7 +438,7 @@ class _Numbers:
     def _zeros(self) -> Iterator[Finding]:
         """A zero far below all other values is often a code for a missing one."""
         zeros, _ = self.magnitudes.histogram().within(0, 0)
-        others = self.magnitudes.histogram().above(0)
+        others = self.magnitudes.histogram().part(_TINY, math.inf)
         if not zeros or self.least < 0 or len(others.values) < 5:
             return
         steps = float(np.median(np.diff(others.values)))  # 1 for counts, where 0 is one of them
@@ -457,7 +457,7 @@ class _Numbers:
 
         It has at least three times the density of the gap between the two: tails have none.
         """
-        shape = self.magnitudes.histogram().above(0)
+        shape = self.magnitudes.histogram().part(_TINY, math.inf)
         total = int(shape.counts.sum())
         if total < 0.9 * (self.known - self.magnitudes.histogram().within(0, 0)[0]) or total < 20:
             return
@@ -466,7 +466,7 @@ class _Numbers:
         core = middle * math.exp(-width), middle * math.exp(width)
         if shape.within(*core)[1] < 5:
             return  # a few codes or counts, where a gap says nothing
-        best: tuple[float, str, int, list[int]] | None = None
+        best: tuple[float, str, _Histogram] | None = None
         for factor, offset, what in _CONVERSIONS:
             ends = [factor * end + offset for end in (*core, middle)]
             if min(ends) <= 0:
@@ -482,13 +482,15 @@ class _Numbers:
             thin = (between + 1) / (2 * gap) * 3 < count / spread
             if bins < 3 or not max(5, total / 500) <= count <= total / 2 or not thin:
                 continue
-            cluster = (shape.values >= ends[0]) & (shape.values <= ends[1])
-            there = _Histogram(shape.values[cluster], shape.counts[cluster], shape.rows[cluster])
+            there = shape.part(ends[0], ends[1])
             distance = abs(math.log((there.quantile(0.5) - offset) / factor / middle))
             if best is None or distance < best[0]:
-                best = distance, what, count, sorted(there.rows.tolist())[:SHOWN]
+                low, high = ends[0] * math.exp(-2 * width), ends[1] * math.exp(2 * width)
+                beyond = (centre, high) if ends[2] > middle else (low, centre)
+                best = distance, what, shape.part(*beyond)
         if best is not None:
-            _, what, count, where = best
+            _, what, cluster = best
+            count, where = int(cluster.counts.sum()), sorted(cluster.rows.tolist())[:SHOWN]
             yield Finding(
                 "warning",
                 self.name,
@@ -497,6 +499,7 @@ class _Numbers:
             )
 
 
+_TINY: Final = float(np.finfo(np.float64).tiny)
 _SIZES: Final = 3500  # bins of each sign on either side of 1: to RATIO ** 3500 > 1e30
 
 
@@ -755,7 +758,7 @@ class _Rows:
             yield Finding(
                 "error",
                 self._schema.person,
-                f"{len(both)} people have rows for tests and for training, first in "
+                f"{_count(len(both), 'person')} with rows for tests and for training, first in "
                 f"{_in_rows(where[:SHOWN].tolist())}: mark all of a person's rows alike, "
                 f"or the test figures flatter the model",
             )
@@ -763,7 +766,7 @@ class _Rows:
             yield Finding(
                 "warning",
                 self._schema.test,
-                f"{_count(len(where), 'test row')} equal to a row for training, first "
+                f"{_count(len(where), 'test row')} equal to a row for training, first in "
                 f"{_in_rows(where[:SHOWN].tolist())}: if they are of one person, "
                 f"mark them alike",
             )
@@ -843,7 +846,9 @@ def _among(count: int, rows: Sequence[int]) -> str:
 
 
 def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
+    if count != 1:
+        what = "people" if what == "person" else f"{what}s"
+    return f"{count:,} {what}"
 
 
 def _percent(share: float) -> str:

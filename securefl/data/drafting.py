@@ -88,12 +88,26 @@ def draft(
         raise ConfigurationError(f"{path} names its columns itself: leave --names out")
     if not columns or not columns[0].rows:
         raise ConfigurationError(f"{path} holds no rows: choose a file that does")
+    for name, count in Counter(column.name for column in columns).items():
+        if count > 1:
+            raise ConfigurationError(f"{path} has {name!r} twice among its names: rename one")
+        if not name.isprintable() or len(name) > 1000:
+            raise ConfigurationError(
+                f"{path}: {name[:60]!r} is no name of a column: write one line, or say --no-header"
+            )
     for column in columns:
         column.settle(path)
+    long = [column.name for column in columns if column.longest > reading.LONGEST_TEXT]
+    if long and not named:
+        raise ConfigurationError(
+            f"{path}: {long[0]} holds text of more than {reading.LONGEST_TEXT} characters, which "
+            f"no schema takes in: give the file a first row of names, and it can be left out"
+        )
+    columns = [column for column in columns if column.name not in long]
     decimal: Literal[".", ","] = "."
     if sum(c.numeric(",") for c in columns) > sum(c.numeric(".") for c in columns):
         decimal = ","
-    text = _written(path, columns, named, decimal, label)
+    text = _written(path, columns, named, decimal, label, long)
     return Draft(schemas.parse(text, f"the draft from {path}"), text)
 
 
@@ -119,29 +133,29 @@ class _Seen:
 
     def add(self, cells: Iterable[str]) -> None:
         """Take some rows' cells in."""
-        for cell, count in Counter(cells).items():
-            code = canonical(cell)
+        for cell, count in Counter(map(str.strip, cells)).items():
             self.rows += count
-            if not code or code in _UNKNOWN:
-                self.missing[code] += count
-            elif code in _WORDS or code in _BELOW_ZERO:
-                self.doubtful[code] += count
+            if not cell or cell in _UNKNOWN:
+                self.missing[cell] += count
+            elif cell in _WORDS or canonical(cell) in _BELOW_ZERO:
+                self.doubtful[cell] += count
             else:
-                self._add(code, count)
+                self._add(cell, count)
 
-    def _add(self, code: str, count: int) -> None:
+    def _add(self, cell: str, count: int) -> None:
+        code = canonical(cell)
         if self.dots or self.commas:
-            self.dots = self.dots and _DOT.fullmatch(code) is not None
-            self.commas = self.commas and _COMMA.fullmatch(code) is not None
+            self.dots = self.dots and _DOT.fullmatch(cell) is not None
+            self.commas = self.commas and _COMMA.fullmatch(cell) is not None
         if self.dots or self.commas:
-            number = float(code.replace(",", "."))
+            number = float(cell.replace(",", "."))
             if abs(number) > _LARGEST:
                 self.dots = self.commas = False
             self.whole = self.whole and number.is_integer()
-            self.padded = self.padded or _PADDED.fullmatch(code) is not None
+            self.padded = self.padded or _PADDED.fullmatch(cell) is not None
             self.least, self.most = min(self.least, number), max(self.most, number)
-        self.dates = self.dates and _DATE.fullmatch(code) is not None
-        self.longest = max(self.longest, len(code))
+        self.dates = self.dates and _DATE.fullmatch(cell) is not None
+        self.longest = max(self.longest, len(cell))
         if code in self.values or len(self.values) < KEPT:
             self.values[code] += count
         else:
@@ -150,11 +164,11 @@ class _Seen:
     def settle(self, path: Path) -> None:
         """With all rows seen, decide what the doubtful codes mean, and whether it is an image."""
         numbers = bool(self.values) and (self.dots or self.commas)
-        for code, count in self.doubtful.items():
-            if numbers and (code in _WORDS or self.least >= 0):
-                self.missing[code] += count
+        for cell, count in self.doubtful.items():
+            if numbers and (cell in _WORDS or self.least >= 0):
+                self.missing[cell] += count
             else:
-                self._add(code, count)
+                self._add(cell, count)
         self.doubtful.clear()
         if self.values and not self.many and not self.image and not path.is_dir():
             self._look_for_images(path.parent)
@@ -208,11 +222,8 @@ def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[
     if named:
         _, first = next(records, (0, []))
         found = [name.strip() for name in _whole(first, len(first) - 1, separator)]
-        for name, count in Counter(found).items():
-            if name and count > 1:
-                raise ConfigurationError(f"{path}: the header has {name!r} twice: rename one")
     else:
-        width = max(Counter(map(len, sample)).items(), key=lambda item: item[1])[0]
+        width, _ = _commonest(map(len, sample))
         found = list(names) or [f"column_{number}" for number in range(1, width + 1)]
         if len(found) != width:
             raise ConfigurationError(
@@ -250,11 +261,16 @@ def _separator(path: Path) -> tuple[str, list[list[str]]]:
             continue
         if separator == " ":
             records = [_whole(record, len(record) - 1, " ") for record in records]
-        width, often = max(Counter(map(len, records)).items(), default=(0, 0), key=lambda i: i[1])
+        width, often = _commonest(map(len, records))
         score = (often / len(records) if width > 1 else 0.0), width
         if score > best:
             best, chosen = score, (separator, records)
     return chosen
+
+
+def _commonest(numbers: Iterable[int]) -> tuple[int, int]:
+    """The number that comes most often, and how often; (0, 0) of none."""
+    return next(iter(Counter(numbers).most_common(1)), (0, 0))
 
 
 def _whole(fields: list[str], width: int, separator: str) -> list[str]:
@@ -264,20 +280,23 @@ def _whole(fields: list[str], width: int, separator: str) -> list[str]:
 
 
 def _has_names(sample: Sequence[Sequence[str]]) -> bool:
-    """Whether a table's first record looks like names: no numbers, and nothing said twice."""
+    """Whether a table's first record looks like names: no numbers, but numbers below; or nothing
+    in it that is said twice."""
     if not sample:
         return True
-    first = [cell.strip() for cell in sample[0]]
-    values = [cell for cell in first if cell]
-    if any(_DOT.fullmatch(v) or _COMMA.fullmatch(v) or v in _UNKNOWN for v in values):
+    first, below = [cell.strip() for cell in sample[0]], sample[1:]
+    names = [name for name in first if name]
+    if any(_is_number(name) or name in _UNKNOWN for name in names):
         return False
-    again = any(
-        cell.strip() == name
-        for record in sample[1:]
-        for cell, name in zip(record, first, strict=False)
-        if name
-    )
-    return bool(values) and len(set(values)) == len(values) and not again
+    columns = [[r[i].strip() for r in below if i < len(r)] for i in range(len(first))]
+    if any(column and all(map(_is_number, column)) for column in columns):
+        return True
+    again = any(name and name in column for name, column in zip(first, columns, strict=True))
+    return bool(names) and len(set(names)) == len(names) and not again
+
+
+def _is_number(cell: str) -> bool:
+    return (_DOT.fullmatch(cell) or _COMMA.fullmatch(cell)) is not None
 
 
 def _parquet(path: Path) -> list[_Seen]:
@@ -356,7 +375,7 @@ def _kind(seen: _Seen, decimal: str, learnt: bool = False) -> Kind:
     """The type to draft. learnt: it is the label."""
     if seen.image:
         return "image"
-    if not seen.values or seen.longest > 200:
+    if not seen.values or seen.longest > reading.LONGEST_TEXT:
         return "text"
     if seen.numeric(decimal):
         if seen.identifies and not learnt:
@@ -398,7 +417,12 @@ def _label(columns: Sequence[_Seen], decimal: str, label: str | None, path: Path
 
 
 def _written(
-    path: Path, columns: Sequence[_Seen], named: bool, decimal: str, label: str | None
+    path: Path,
+    columns: Sequence[_Seen],
+    named: bool,
+    decimal: str,
+    label: str | None,
+    long: Sequence[str],
 ) -> str:
     """The schema as TOML with comments."""
     learnt = _label(columns, decimal, label, path)
@@ -427,6 +451,8 @@ def _written(
     lines.append("# What means, in any column, that a value is not known (as the empty one does).")
     lines.append(f"missing = {_value(codes)}")
     lines.append(f"# seen: {columns[0].rows} rows")
+    for name in long:
+        lines.append(f"# Column {name} holds long text: it is left out, and never read.")
     for seen in columns:
         lines += ["", f"[columns.{_key(seen.name)}]"]
         lines += _column(seen, _kind(seen, decimal, seen is learnt), seen is learnt)

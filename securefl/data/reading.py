@@ -282,10 +282,12 @@ def _counted(count: int, noun: str) -> str:
 def _separator(path: Path, schema: Schema) -> str:
     """The sign between fields: under it most columns are found by name or, without a header, most
     of the first records have a field for each column."""
+    sample: list[str] = []
+    left = LONGEST_LINE
     with _opened(path) as file:
-        sample = [
-            file.readline(LONGEST_LINE).decode("utf-8-sig", errors="replace") for _ in range(32)
-        ]
+        while len(sample) < 32 and left > 0 and (line := file.readline(left)):
+            sample.append(line.decode("utf-8-sig", errors="replace"))
+            left -= len(line)
 
     def fitting(separator: str) -> tuple[int, bool, int]:
         found = fields = 0
@@ -451,7 +453,8 @@ def _parquet_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
             f"{path}: reading Parquet needs an extra: pip install 'securefl[parquet]'"
         ) from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Without these, Arrow holds a whole row group, which may be the whole file.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
             fields = file.schema_arrow
             names = {name.strip(): name for name in fields.names}
             wanted = list(_found(path, schema, [name.strip() for name in fields.names]))

@@ -530,6 +530,7 @@ def test_parquet_is_read_by_what_its_values_are(tmp_path: Path) -> None:
         pa.array(["63", " 41.5", "NA"]),
         pa.array(["63", "41.5", None], pa.large_string()),
         pa.array([63, 41.5, None], pa.float32()),
+        pa.array(np.array([63, 41.5, np.nan], np.float16)),
         pa.array(["63", "41.5", None]).dictionary_encode(),
         pa.array([63, 41.5, None]).dictionary_encode(),
     ],
@@ -576,6 +577,17 @@ def test_parquet_that_is_none_or_lacks_a_column_is_refused(tmp_path: Path) -> No
     assert "'sex' twice" in refusal(parquet(tmp_path, {**columns(), " sex": [1, 2, 3]}), ward())
     nothing = {name: pa.array([], pa.string()) for name in columns()}
     assert "no rows" in refusal(parquet(tmp_path, nothing), ward())
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.int8(), pa.uint64(), pa.bool_(), pa.decimal128(25, 2)], ids=str
+)
+def test_whole_and_truth_values_of_a_parquet_file_are_numbers(tmp_path: Path, kind: Any) -> None:
+    values = pa.array([1, 0, None]).cast(kind)
+    good = {**columns(), "sex": ["m", "f", "m"], "age": values}
+    np.testing.assert_array_equal(
+        load(parquet(tmp_path, good), ward()).numbers["age"], [1, 0, np.nan]
+    )
 
 
 def test_dates_of_a_parquet_file_are_texts(tmp_path: Path) -> None:
