@@ -244,9 +244,9 @@ def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[
             whole = _whole(fields, len(columns), separator)
             if len(whole) != len(columns):
                 raise ConfigurationError(
-                    f"{path}: row {row} (line {line}) has "
-                    f"{reading._counted(len(whole), 'field')}, and there are "
-                    f"{reading._counted(len(columns), 'column')}: quote fields that hold the separator, or fill it up"
+                    f"{path}: row {row} (line {line}) has {reading._counted(len(whole), 'field')}, "
+                    f"there are {reading._counted(len(columns), 'column')}: quote fields that hold "
+                    f"the separator, or fill the row up"
                 )
             rows.append(whole)
         for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
