@@ -114,7 +114,7 @@ def check(path: Path, schema: Schema) -> Findings:
     the findings too. Writes nothing.
     """
     unread: dict[str, str] = {}  # columns with cells that cannot be read, and the first of those
-    while True:
+    while True:  # once for all columns, and again for the others where one cannot be read
         done = _Reading(schema, unread)
         stopped: tuple[str, ...] = ()
         try:
@@ -169,7 +169,7 @@ class _Reading:
         """What was found; `stopped`: why reading ended before the file did."""
         rows = self._rows.count
         found = [Finding("error", None, fault) for fault in stopped]
-        if stopped:
+        if stopped and rows:
             found.append(Finding("note", None, f"reading ended after row {rows}: more may follow"))
         for name, fault in self._unread.items():
             found.append(Finding("error", name, f"{fault}; other cells may have the same fault"))
@@ -367,7 +367,7 @@ class _Numbers:
         return Summary(self.name, "number", rows, self.missing, distinct, numbers)
 
     def findings(self, rows: int, label: bool) -> Iterator[Finding]:
-        yield from _missing(self.name, self.missing, rows, label)
+        yield from _missing(self.name, self.column, self.missing, rows, label)
         if not self.known:
             return
         if self.least == self.most and self.known > 1:
@@ -563,7 +563,7 @@ class _Categories:
 
     def findings(self, rows: int, label: bool) -> Iterator[Finding]:
         lost = self.missing + (self.other if label and self.column.outside != "refuse" else 0)
-        yield from _missing(self.name, lost, rows, label)
+        yield from _missing(self.name, self.column, lost, rows, label)
         yield from self._others()
         held = [name for name, count in zip(self.column.names, self.counts, strict=False) if count]
         if len(held) == 1 and not self.other and self.known > 1:
@@ -795,9 +795,11 @@ def _repeated(hashes: NDArray[np.uint64]) -> tuple[int, list[int]]:
     return int(again.sum()), (np.flatnonzero(again)[:SHOWN] + 1).tolist()
 
 
-def _missing(name: str, missing: int, rows: int, label: bool) -> Iterator[Finding]:
+def _missing(name: str, column: Column, missing: int, rows: int, label: bool) -> Iterator[Finding]:
     share = missing / rows
-    if missing == rows:
+    if missing == rows and column.optional:
+        yield Finding("note", name, "no row has a value: other sites must have some to learn from")
+    elif missing == rows:
         mend = (
             "nothing can be learnt here: look at the codes of the schema"
             if label

@@ -78,12 +78,13 @@ def draft(
 
     Raises ConfigurationError that says what is wrong with the file, with `label` or with `names`.
     """
+    named, separator = True, None
     if path.is_dir():
-        columns, named = _folder(path), True
+        columns = _folder(path)
     elif path.suffix.lower() == ".parquet":
-        columns, named = _parquet(path), True
+        columns = _parquet(path)
     else:
-        columns, named = _table(path, header, names)
+        columns, named, separator = _table(path, header, names)
     if names and named:
         raise ConfigurationError(f"{path} names its columns itself: leave --names out")
     if not columns or not columns[0].rows:
@@ -108,7 +109,12 @@ def draft(
     if sum(c.numeric(",") for c in columns) > sum(c.numeric(".") for c in columns):
         decimal = ","
     text = _written(path, columns, named, decimal, label, long)
-    return Draft(schemas.parse(text, f"the draft from {path}"), text)
+    schema = schemas.parse(text, f"the draft from {path}")
+    if separator is not None and reading._separator(path, schema) != separator:
+        raise ConfigurationError(
+            f"{path}: stray quotes or signs hide what separates its fields: export it as CSV again"
+        )
+    return Draft(schema, text)
 
 
 @dataclass
@@ -214,8 +220,8 @@ class _Seen:
 # The file: rows of text, whatever it is.
 
 
-def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[_Seen], bool]:
-    """The columns of a text table, and whether its first row names them."""
+def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[_Seen], bool, str]:
+    """The columns of a text table, whether its first row names them, and what separates them."""
     separator, sample = _separator(path)
     named = _has_names(sample) if header is None else header
     records = reading._records(path, separator, named)
@@ -238,13 +244,14 @@ def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[
             whole = _whole(fields, len(columns), separator)
             if len(whole) != len(columns):
                 raise ConfigurationError(
-                    f"{path}: row {row} (line {line}) has {len(whole)} fields, and there are "
-                    f"{len(columns)} columns: quote fields that hold the separator, or fill it up"
+                    f"{path}: row {row} (line {line}) has {reading._counted(len(whole), 'field')}, "
+                    f"there are {reading._counted(len(columns), 'column')}: quote fields that hold "
+                    f"the separator, or fill the row up"
                 )
             rows.append(whole)
         for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
             column.add(cells)
-    return [column for column in columns if column.name], named
+    return [column for column in columns if column.name], named, separator
 
 
 def _separator(path: Path) -> tuple[str, list[list[str]]]:

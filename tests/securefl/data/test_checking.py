@@ -274,6 +274,8 @@ def test_missing_values_are_counted(checked):
     assert the(found, "sick", "2 rows (0.1 %) without a label").severity == "warning"
     assert {c.name: c.missing for c in found.columns}["age"] == 1400
     assert the(checked(clean() | {"age": ["?"] * ROWS}), "age", "no row has a value")
+    more = '[columns.dose]\ntype = "number"\nrange = [0, 9]\noptional = true'
+    assert the(checked(clean(), more), "dose", "no row has a value").severity == "note"
     nothing = checked(clean() | {"sick": ["?"] * ROWS})
     assert the(nothing, "sick", "no row has a value").severity == "error"
 

@@ -207,7 +207,7 @@ def test_long_text_is_left_out_since_no_reader_takes_it(drafted, tmp_path):
         ("", "holds no rows"),
         ("a,b\n", "holds no rows"),
         ("a,a,b\n1.5,y,u\n2.5,n,v\n", "'a' twice"),
-        ("a,b\n1.5,y\n2.5,n,7\n", r"row 2 \(line 3\) has 3 fields, and there are 2 columns"),
+        ("a,b\n1.5,y\n2.5,n,7\n", r"row 2 \(line 3\) has 3 fields, there are 2 columns"),
         ('a,b\n1.5,"y\n2.5,n\n', "never closed"),
     ],
 )
