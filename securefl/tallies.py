@@ -31,7 +31,7 @@ Integers = NDArray[np.int64]
 Curve = tuple[tuple[float, float], ...]
 
 EXACT_BINS: Final = 4096
-"""Bins of scores for sums without noise.
+"""Bins of scores for sums without noise, where there are two classes.
 
 The area under the ROC curve is then within 0.002 of that of the rows themselves, unless nearly all
 scores lie in a few bins: their deviation must be at least 0.05 logits within 2 of the threshold, or
@@ -39,6 +39,8 @@ scores lie in a few bins: their deviation must be at least 0.05 logits within 2 
 """
 NOISY_BINS: Final = 16
 """Bins of scores for sums with noise: more of them add more noise than resolution."""
+CALIBRATION_BINS: Final = 256
+"""Bins of scores where there are more classes, and they tell of calibration only."""
 EXACT_BITS: Final = 20
 NOISY_BITS: Final = 12
 
@@ -68,6 +70,13 @@ _POWERS: Mapping[tuple[int, int], float] = {
     (0, 3): 1 / 16,
     (0, 4): 1 / 16,
 }
+
+
+def usual_bins(classes: int, exact: bool) -> int:
+    """How many bins serve best, for sums with or without noise."""
+    if not exact:
+        return NOISY_BINS
+    return EXACT_BINS if classes == 2 else CALIBRATION_BINS
 
 
 class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,9 +123,10 @@ class Tally:
     """How test rows become integers, and their sum figures; made of public values alone.
 
     classes: how many; 0 for regression. target_range: the target's, mapped onto [-1, 1]; None for
-    classification. bins: of the histograms of scores, even. threshold: the probability from which
-    the last class is predicted, where there are two. bits: one row counts as 2^bits, and amounts
-    are rounded to 2^-bits of their own bound, or to a few times that where they weigh less.
+    classification. bins: of the histograms of scores, even; see `usual_bins`. threshold: the
+    probability from which the last class is predicted, where there are two. bits: one row counts as
+    2^bits, and amounts are rounded to 2^-bits of their bound, or to up to 16 times that where they
+    weigh less.
 
     Raises ValueError on construction for values that do not fit together.
     """
@@ -165,6 +175,8 @@ class Tally:
         share: Floats | None = None,
     ) -> Integers:
         """The sum over a site's test rows, int64[dimension]; of no rows it is zero.
+
+        Batches of rows may be encoded one by one and added up.
 
         outputs: [n, classes] logits, or [n, 1] on the target's scale. losses: [n]; each counts as
         at most LOSS_CAP. target: [n], class numbers, or on [-1, 1]. share: [n], 1 over the rows of
@@ -591,8 +603,8 @@ def _calibration(
     noise = scores.noise * np.sqrt(2 * np.bincount(group, minlength=GROUPS))
     told = np.flatnonzero((rows > 0) & (rows >= _TOLD * noise))
     share = np.clip(came[told] / rows[told], 0, 1)
-    # gap = rows (predicted - observed)
-    predicted = np.clip(share + gap[told] / rows[told], told / GROUPS, (told + 1) / GROUPS)
+    predicted = (came + gap)[told] / rows[told]  # the gap is what was predicted less what came
+    predicted = np.clip(predicted, told / GROUPS, (told + 1) / GROUPS)
     points = np.round(np.stack([predicted, share, rows[told]], 1), 6)
     return error, tuple((float(p), float(o), float(r)) for p, o, r in points)
 
