@@ -24,13 +24,14 @@ from typing import Final, NamedTuple, final
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv
+from scipy.special import betaincinv, expit, logit
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Curve = tuple[tuple[float, float], ...]
 
 EXACT_BINS: Final = 4096
-"""Bins of scores for sums without noise.
+"""Bins of scores for sums without noise, where there are two classes.
 
 The area under the ROC curve is then within 0.002 of that of the rows themselves, unless nearly all
 scores lie in a few bins: their deviation must be at least 0.05 logits within 2 of the threshold, or
@@ -38,17 +39,20 @@ scores lie in a few bins: their deviation must be at least 0.05 logits within 2 
 """
 NOISY_BINS: Final = 16
 """Bins of scores for sums with noise: more of them add more noise than resolution."""
+CALIBRATION_BINS: Final = 256
+"""Bins of scores where there are more classes, and they tell of calibration only."""
 EXACT_BITS: Final = 20
 NOISY_BITS: Final = 12
 
 LOSS_CAP: Final = 8.0
 """A row's loss counts as at most this much: so does one row's weight in the mean."""
 GROUPS: Final = 10
-"""Groups of equal width in probability, in which calibration is measured."""
+"""Groups of equal width in probability, in which calibration is measured, bin by bin."""
 
 _MOST_POINTS = 128  # of a curve that goes into a record and a picture
 _FAR = 1e9  # a logit beyond this says no more
 _TOLD = 3.0  # a count is told from noise when it is this many of its deviations
+_HIDDEN = 0.1  # a calibration error is not told when noise alone looks like this much
 _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 # Powers (of half the error, of the target) whose sums make every figure of a regression, and the
@@ -66,6 +70,13 @@ _POWERS: Mapping[tuple[int, int], float] = {
     (0, 3): 1 / 16,
     (0, 4): 1 / 16,
 }
+
+
+def usual_bins(classes: int, exact: bool) -> int:
+    """How many bins serve best, for sums with or without noise."""
+    if not exact:
+        return NOISY_BINS
+    return EXACT_BINS if classes == 2 else CALIBRATION_BINS
 
 
 class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,9 +123,10 @@ class Tally:
     """How test rows become integers, and their sum figures; made of public values alone.
 
     classes: how many; 0 for regression. target_range: the target's, mapped onto [-1, 1]; None for
-    classification. bins: of the histograms of scores, even. threshold: the probability from which
-    the last class is predicted, where there are two. bits: one row counts as 2^bits, and amounts
-    are rounded to 2^-bits of their own bound, or to a few times that where they weigh less.
+    classification. bins: of the histograms of scores, even; see `usual_bins`. threshold: the
+    probability from which the last class is predicted, where there are two. bits: one row counts as
+    2^bits, and amounts are rounded to 2^-bits of their bound, or to up to 16 times that where they
+    weigh less.
 
     Raises ValueError on construction for values that do not fit together.
     """
@@ -163,6 +175,8 @@ class Tally:
         share: Floats | None = None,
     ) -> Integers:
         """The sum over a site's test rows, int64[dimension]; of no rows it is zero.
+
+        Batches of rows may be encoded one by one and added up.
 
         outputs: [n, classes] logits, or [n, 1] on the target's scale. losses: [n]; each counts as
         at most LOSS_CAP. target: [n], class numbers, or on [-1, 1]. share: [n], 1 over the rows of
@@ -239,13 +253,26 @@ class Tally:
     def _parts(self) -> tuple[_Part, ...]:
         if not self.classes:
             return (*_MOMENTS, _ABSOLUTE, _LOSS)
-        cells = _Part("cells", 2 * self.classes, 1, 1 / 2)
-        scores = (self._scores,) if self.classes == 2 else ()
-        return (cells, _CALIBRATION, _BRIER, *scores, _LOSS)
+        return (self._cells, self._scores, _BRIER, _LOSS)
+
+    @property
+    def _cells(self) -> _Part:
+        """[classes, (wrong, right)]: how many rows of each class are recognised."""
+        return _Part("cells", 2 * self.classes, 1, 1 / 2)
 
     @property
     def _scores(self) -> _Part:
+        """[2, bins]: histograms of log odds, beyond those of the threshold.
+
+        Of the last class, for rows of the first and of the last, where there are two classes; else
+        of the likeliest class, for rows where it is wrong and where it is right.
+        """
         return _Part("scores", 2 * self.bins, 1, 1)
+
+    @property
+    def _edge(self) -> float:
+        """The log odds at the middle edge of the histograms."""
+        return float(logit(self.threshold)) if self.classes == 2 else 0.0
 
     def _classified(self, rows: _Rows, outputs: Floats, target: Integers) -> list[Integers]:
         if len(target) and not 0 <= target.min() <= target.max() < self.classes:
@@ -258,71 +285,62 @@ class Tally:
         chance = odds / odds.sum(1, keepdims=True)
         brier = np.clip(((chance - truth) ** 2).sum(1) / 2, 0, 1)
         if self.classes == 2:
-            margin = outputs[:, 1] - outputs[:, 0] - math.log(self.threshold / (1 - self.threshold))
-            chosen = (margin >= 0).astype(np.int64)
-            predicted, hit = chance[:, 1], target == 1
-            bins = target * self.bins + _bin(margin, self.bins)
-            scores = [rows.add(self._scores, bins, np.ones((len(target), 1)))]
+            margin = outputs[:, 1] - outputs[:, 0] - self._edge
+            right = (margin >= 0) == target
+            hit = target
         else:
-            chosen = outputs.argmax(1)
-            predicted, hit, scores = chance.max(1), chosen == target, []
-        group = np.minimum((predicted * GROUPS).astype(np.int64), GROUPS - 1)
-        cells, calibration, *_ = self._parts
-        amounts = np.stack([np.ones(len(target)), predicted, hit], 1)
+            margin = np.clip(logit(chance.max(1)), -_FAR, _FAR)
+            right = outputs.argmax(1) == target
+            hit = right.astype(np.int64)
+        one = np.ones((len(target), 1))
         return [
-            rows.add(cells, 2 * target + (chosen == target), np.ones((len(target), 1))),
-            rows.add(calibration, group, amounts),
+            rows.add(self._cells, 2 * target + right, one),
+            rows.add(self._scores, hit * self.bins + _bin(margin, self.bins), one),
             rows.add(_BRIER, None, np.stack([brier, brier**2], 1)),
-            *scores,
         ]
 
     def _classification(self, sums: Mapping[_Part, _Sum]) -> Figures:
-        cells_part, *_ = self._parts
-        cells = sums[cells_part]
-        n = float(cells.values.sum())
-        noise_n = cells.noise * math.sqrt(len(cells.values))
-        if not _told(np.array(n), noise_n):
-            return Figures(max(n, 0.0), {}, {}, exact=cells.noise == 0)
-        values: dict[str, float] = {}
-        intervals: dict[str, tuple[float, float]] = {}
-
-        def tell(name: str, estimate: _Estimate | None) -> None:
-            if estimate is not None:
-                values[name], intervals[name] = estimate.value, (estimate.low, estimate.high)
-
+        cells, scores = sums[self._cells], sums[self._scores]
         counts = cells.values.reshape(self.classes, 2)
+        n = float(counts.sum())
+        noise = cells.noise * math.sqrt(counts.size)
+        exact = cells.noise == 0
+        if not _told(np.array(n), noise):
+            return Figures(max(n, 0.0), {}, {}, exact=exact)
         of_class = counts.sum(1)
         known = _told(of_class, cells.noise * math.sqrt(2))
         # Uncertain as if a row were shared out among all cells, so that no interval of a figure at
         # the end of its scale shrinks to a point.
         smooth = np.maximum(counts, 0) + 1 / (2 * self.classes)
         recalls = [
-            _balanced(counts[[c]], smooth[[c]], cells.noise) if known[c] else None
+            _recall(counts[[c]], smooth[[c]], cells.noise) if known[c] else None
             for c in range(self.classes)
         ]
-        ranked = _Ranking()
-        if self.classes == 2 and known.all():
-            ranked = _ranking(sums[self._scores], of_class)
-        tell("test_auc", ranked.area)
-        tell("test_accuracy", _accuracy(counts, smooth, cells.noise))
-        if known.all():
-            tell("test_balanced_accuracy", _balanced(counts, smooth, cells.noise))
+        told: dict[str, _Estimate | None] = {
+            "test_accuracy": _accuracy(counts, smooth, cells.noise),
+            "test_balanced_accuracy": _recall(counts, smooth, cells.noise) if known.all() else None,
+            "test_brier": _mean(sums[_BRIER], n, noise, 1.0),
+            "test_loss": _mean(sums[_LOSS], n, noise, LOSS_CAP),
+        }
+        roc: Curve = ()
         if self.classes == 2:
-            tell("test_sensitivity", recalls[1])
-            tell("test_specificity", recalls[0])
-            tell("test_average_precision", ranked.precision)
-        tell("test_brier", _mean(sums[_BRIER], n, noise_n, 1.0))
-        error, curve = _calibration(sums[_CALIBRATION], n)
-        values["test_calibration_error"] = error
-        tell("test_loss", _mean(sums[_LOSS], n, noise_n, LOSS_CAP))
+            told["test_specificity"], told["test_sensitivity"] = recalls
+            both = _told(scores.values.reshape(2, -1).sum(1), scores.noise * math.sqrt(self.bins))
+            if (known & both).all():
+                told |= _ranking(scores, of_class)
+                roc = _roc(scores, of_class)
+        error, calibration = _calibration(
+            scores, expit(self._edge + _margin(np.arange(self.bins), self.bins)), n
+        )
+        values = {"test_calibration_error": error} if error is not None else {}
         return Figures(
             n,
-            values,
-            intervals,
-            roc=ranked.roc,
-            calibration=curve,
+            values | {name: estimate.value for name, estimate in told.items() if estimate},
+            {name: (estimate.low, estimate.high) for name, estimate in told.items() if estimate},
+            roc=roc,
+            calibration=calibration,
             recalls=tuple(recall.value if recall else None for recall in recalls),
-            exact=cells.noise == 0,
+            exact=exact,
         )
 
 
@@ -344,7 +362,6 @@ class _Part:
         return self.weight * math.sqrt(self.filled)
 
 
-_CALIBRATION = _Part("calibration", 3 * GROUPS, 3, 1 / 8)
 _BRIER = _Part("brier", 2, 2, 1 / 4)
 _LOSS = _Part("loss", 2, 2, 1 / 4)
 _MOMENTS = tuple(_Part(f"moment {p}", 1, 1, weight) for p, weight in _POWERS.items())
@@ -393,24 +410,14 @@ class _Estimate(NamedTuple):
     high: float
 
 
-class _Ranking(NamedTuple):
-    """The area under the ROC curve, average precision, and the curve, where they can be told."""
-
-    area: _Estimate | None = None
-    precision: _Estimate | None = None
-    roc: tuple[tuple[float, float], ...] = ()
-
-
 def _bin(margin: Floats, bins: int) -> Integers:
     """The bin of u = 1/2 + m / (2 (reach + |m|)) among `bins` equal ones of [0, 1], int64[n].
 
-    Where there are many bins they reach further: reach is 1 for 16 of them and 4 for 4,096. u is
-    computed from the middle outwards, so that no margin is rounded across the middle edge.
+    u is computed from the middle outwards, so that no margin is rounded across the middle edge.
     """
     half = bins // 2
     size = np.abs(margin)
-    reach = (bins / 16) ** (1 / 4)
-    out = np.minimum((size / (reach + size) * half).astype(np.int64), half - 1)
+    out = np.minimum((size / (_reach(bins) + size) * half).astype(np.int64), half - 1)
     return np.asarray(np.where(margin >= 0, half + out, half - 1 - out), np.int64)
 
 
@@ -424,6 +431,19 @@ def _measured(rows: _Rows, outputs: Floats, target: Floats) -> list[Integers]:
         rows.add(part, None, amount[:, None])
         for part, amount in zip((*_MOMENTS, _ABSOLUTE), [*powers, np.abs(half)], strict=True)
     ]
+
+
+def _margin(bins: Integers, of: int) -> Floats:
+    """The margin in the middle of each of the bins numbered `bins` among `of`, float64[n]."""
+    half = of // 2
+    out = np.where(bins >= half, bins - half, half - 1 - bins) + 1 / 2
+    size = _reach(of) * out / (half - out)
+    return np.asarray(np.where(bins >= half, size, -size), np.float64)
+
+
+def _reach(bins: int) -> float:
+    """The margin up to which half of the bins lie: 1 for 16 of them, 4 for 4,096."""
+    return float((bins / 16) ** (1 / 4))
 
 
 def _told(counts: Floats, noise: float) -> NDArray[np.bool_]:
@@ -467,7 +487,7 @@ def _accuracy(counts: Floats, smooth: Floats, noise: float) -> _Estimate | None:
     return _proportion(value, share, gradient, smooth, noise)
 
 
-def _balanced(counts: Floats, smooth: Floats, noise: float) -> _Estimate | None:
+def _recall(counts: Floats, smooth: Floats, noise: float) -> _Estimate | None:
     """The mean over classes of right over all, of counts [classes, (wrong, right)]."""
     n = counts.sum(1)
     smooth = smooth * (n / smooth.sum(1))[:, None]
@@ -477,32 +497,33 @@ def _balanced(counts: Floats, smooth: Floats, noise: float) -> _Estimate | None:
     return _proportion(value, float(recall.mean()), gradient, smooth, noise)
 
 
-def _ranking(scores: _Sum, of_class: Floats) -> _Ranking:
-    """What two histograms tell.
+def _ranking(scores: _Sum, of_class: Floats) -> dict[str, _Estimate | None]:
+    """The area under the ROC curve, and where exact average precision.
 
-    of_class: rows of each class, more surely than the histograms tell them; above 0.
+    The figures read the counts as they are, their uncertainty the likely ones. of_class: rows of
+    each class.
     """
-    given = scores.values.reshape(2, -1)
-    bins = given.shape[1]
-    if not _told(given.sum(1), scores.noise * math.sqrt(bins)).all():
-        return _Ranking()
-    # The figures read the counts as they are. What tells their uncertainty, and the curve, which
-    # must rise, read the nearest counts that are not negative.
-    likely = np.stack([_nonnegative(*one) for one in zip(given, of_class, strict=True)])
+    given, likely = scores.values.reshape(2, -1), _likely(scores, of_class)
     pooled = likely.sum(0)
     # Half a row more of each class, placed as all rows are: see `_classification`.
     smooth = likely + pooled / pooled.sum() / 2
     smooth *= (of_class / smooth.sum(1))[:, None]
     counts = smooth.reshape(-1)
     # Noise meets noise: sum_ij (K_ij - 1/2)^2 of the kernel is an upper bound.
+    bins = len(pooled)
     meeting = bins * (bins - 1) / 4 * scores.noise**4 / float(of_class.prod()) ** 2
-    value, _ = _area(*given)
-    area = _proportion(value, *_area(*smooth), counts, scores.noise, meeting)
-    precision = None
+    area, _ = _area(*given)
+    told = {"test_auc": _proportion(area, *_area(*smooth), counts, scores.noise, meeting)}
     if scores.noise == 0:  # so few bins as noise allows would not resolve the highest scores
-        value, _ = _precision(*given)
-        precision = _proportion(value, *_precision(*smooth), counts, 0.0)
-    return _Ranking(area, precision, _roc(*likely))
+        precision, _ = _precision(*given)
+        told["test_average_precision"] = _proportion(precision, *_precision(*smooth), counts, 0.0)
+    return told
+
+
+def _likely(scores: _Sum, of_class: Floats) -> Floats:
+    """The nearest two histograms without a negative count, float64[2, bins]; rows of each > 0."""
+    given = scores.values.reshape(2, -1)
+    return np.stack([_nonnegative(*one) for one in zip(given, of_class, strict=True)])
 
 
 def _area(negatives: Floats, positives: Floats) -> tuple[float, Floats]:
@@ -539,8 +560,9 @@ def _nonnegative(counts: Floats, total: float) -> Floats:
     return np.asarray(np.maximum(counts - excess[last], 0.0), np.float64)
 
 
-def _roc(negatives: Floats, positives: Floats) -> tuple[tuple[float, float], ...]:
-    """The ROC curve of two histograms, at most _MOST_POINTS points of it."""
+def _roc(scores: _Sum, of_class: Floats) -> Curve:
+    """The ROC curve of two histograms, at most _MOST_POINTS points of it; it never falls."""
+    negatives, positives = _likely(scores, of_class)
     filled = np.flatnonzero(negatives + positives > 0)[::-1]
     x, y = (
         np.concatenate([[0.0], np.cumsum(counts[filled])]) / counts.sum()
@@ -555,20 +577,36 @@ def _roc(negatives: Floats, positives: Floats) -> tuple[tuple[float, float], ...
     return tuple((float(a), float(b)) for a, b in points)
 
 
-def _calibration(sums: _Sum, n: float) -> tuple[float, tuple[tuple[float, float, float], ...]]:
-    """The expected calibration error (Naeini, Cooper and Hauskrecht 2015), and the curve."""
-    count, predicted, hit = sums.values.reshape(GROUPS, 3).T
-    gap = np.abs(predicted - hit)
-    # |d| with noise of variance v in d: what is left of d^2 without v.
-    gap = np.sqrt(np.maximum(gap**2 - 2 * sums.noise**2, 0.0))
-    error = min(float(gap.sum() / n), 1.0)
-    curve = []
-    for group in np.flatnonzero(_told(count, sums.noise)):
-        of = count[group]
-        low, high = group / GROUPS, (group + 1) / GROUPS
-        mean = min(max(predicted[group] / of, low), high)
-        curve.append((float(mean), float(min(max(hit[group] / of, 0.0), 1.0)), float(of)))
-    return error, tuple(curve)
+def _calibration(
+    scores: _Sum, chance: Floats, n: float
+) -> tuple[float | None, tuple[tuple[float, float, float], ...]]:
+    """The expected calibration error (Naeini, Cooper and Hauskrecht 2015), and the curve.
+
+    chance: the probability in the middle of each bin, which stands for all rows in it.
+    """
+    missed, hit = scores.values.reshape(2, -1)
+    # Counts that a group shares are summed before anything else, so that noise averages out.
+    group = np.minimum((chance * GROUPS).astype(np.int64), GROUPS - 1)
+    rows, came, gap, variance = (
+        np.bincount(group, amount, GROUPS)
+        for amount in (
+            missed + hit,
+            hit,
+            missed * chance - hit * (1 - chance),
+            scores.noise**2 * (chance**2 + (1 - chance) ** 2),
+        )
+    )
+    error = None
+    if np.sqrt(variance).sum() < _HIDDEN * n:
+        # What is left of the squares without the noise in them.
+        error = min(float(np.sqrt(np.maximum(gap**2 - variance, 0)).sum() / n), 1.0)
+    noise = scores.noise * np.sqrt(2 * np.bincount(group, minlength=GROUPS))
+    told = np.flatnonzero((rows > 0) & (rows >= _TOLD * noise))
+    share = np.clip(came[told] / rows[told], 0, 1)
+    predicted = (came + gap)[told] / rows[told]  # the gap is what was predicted less what came
+    predicted = np.clip(predicted, told / GROUPS, (told + 1) / GROUPS)
+    points = np.round(np.stack([predicted, share, rows[told]], 1), 6)
+    return error, tuple((float(p), float(o), float(r)) for p, o, r in points)
 
 
 def _mean(sums: _Sum, n: float, noise: float, scale: float) -> _Estimate:

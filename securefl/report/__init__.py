@@ -191,7 +191,7 @@ def _test(history: History) -> _Test | None:
         source,
         [
             (
-                words.sentence_case(words.metric_name(key)),
+                words.sentence_case(words.metric_name(key).removeprefix("test ")),
                 words.number(figures.values[key]),
                 words.interval(figures.intervals[key]) if key in figures.intervals else "–",
                 words.MEANINGS.get(key, ""),

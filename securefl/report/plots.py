@@ -187,13 +187,22 @@ def _calibration(evaluation: EvaluationRecord, positive: str | None) -> Plot | N
     predicted, observed, rows = (np.array(column) for column in zip(*groups, strict=True))
     axes.plot(predicted, observed, color=_COLOURS[0], linewidth=1.0)
     sizes = 12 + 150 * rows / rows.max()
-    axes.scatter(predicted, observed, sizes, color=_COLOURS[0], alpha=0.75, linewidth=0, zorder=3)
-    axes.collections[-1].set_label("test rows, larger where more")
+    axes.scatter(
+        predicted,
+        observed,
+        sizes,
+        color=_COLOURS[0],
+        alpha=0.75,
+        linewidth=0,
+        zorder=3,
+        clip_on=False,
+        label="test rows, larger where more",
+    )
     two = len(evaluation.figures.recalls) == 2
     of = (f"“{positive}”" if positive else "the last class") if two else "the likeliest class"
     axes.set_xlabel(f"predicted probability of {of}")
     axes.set_ylabel("observed share" if two else "share that is right")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     pairs = "; ".join(f"{words.number(p)}: {words.number(o)}" for p, o, _ in groups)
     return _finish(
         figure,
@@ -218,9 +227,11 @@ def _learning(evaluations: Sequence[EvaluationRecord], keys: Sequence[str]) -> P
         marker = "o" if len(known) <= _FEW else ""
         axes.plot(x, [e.figures.values[key] for e in known], marker=marker, color=colour)
         axes.lines[-1].set_label(words.metric_name(key))
-    _legend(axes)
+    if len(told) > 1:
+        _legend(axes)
     axes.set_ylabel(_UNITS.get(told[0], "from 0 to 1"))
-    title = " and ".join(words.metric_name(key) for key in told)
+    first, *others = (words.metric_name(key) for key in told)
+    title = words.listed([first, *(name.removeprefix("test ") for name in others)])
     runs = "; ".join(
         f"{words.metric_name(key)} from "
         f"{_first_to_last([e.figures.values.get(key) for e in evaluations])}"

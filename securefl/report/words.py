@@ -6,7 +6,7 @@ What is claimed is rounded against the claimant: an epsilon is rounded up, never
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
 
@@ -384,6 +384,15 @@ def figure(summary: Summary, key: str) -> str:
 def metric_name(key: str) -> str:
     """A test_* key as people say it."""
     return _NAMES.get(key, key.replace("_", " "))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence.
+
+    >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
+    ('a', 'a and b', 'a, b and c')
+    """
+    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)
 
 
 def sentence_case(text: str) -> str:

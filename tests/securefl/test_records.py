@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from securefl.config import ConfigurationError
-from securefl.records import METRICS, SUMMARY, RoundRecord, Summary, read_history
+from securefl.records import (
+    EVALUATIONS,
+    METRICS,
+    SUMMARY,
+    EvaluationRecord,
+    RoundRecord,
+    Summary,
+    read_history,
+)
+from securefl.tallies import Figures
 
 names = st.text(min_size=1, max_size=12)
 amounts = st.floats(min_value=0, allow_infinity=False, allow_nan=False)
@@ -245,4 +254,80 @@ def test_a_summary_that_is_none_is_damaged_not_unfinished(write_run: Any, text: 
     directory: Path = write_run()
     (directory / SUMMARY).write_text(text)
     with pytest.raises(ConfigurationError, match=r"summary\.json is damaged"):
+        read_history(directory)
+
+
+FIGURES = Figures(
+    40.0,
+    {"test_auc": 0.8, "test_accuracy": 0.75},
+    {"test_auc": (0.7, 0.9)},
+    roc=((0.0, 0.0), (0.2, 0.6), (1.0, 1.0)),
+    calibration=((0.25, 0.2, 30.0), (0.7, 0.9, 10.0)),
+    recalls=(0.5, None),
+)
+
+
+def test_an_evaluation_comes_back_from_its_line_as_it_was() -> None:
+    record = EvaluationRecord(2, 3, ("a", "b"), FIGURES, 1.5)
+    line = record.to_json()
+    assert "\n" not in line
+    assert EvaluationRecord.from_json(line) == record
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"update": 0}, "round 3 cannot have tested update 0"),
+        ({"update": 4}, "round 3 cannot have tested update 4"),
+        ({"sites": ()}, "nobody"),
+        ({"sites": ("a", "a")}, "somebody twice"),
+        ({"epsilon": -1.0}, "epsilon of the test rows = -1"),
+        ({"epsilon": math.inf}, "epsilon of the test rows = inf"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
+    values = {"update": 2, "round": 3, "sites": ("a", "b"), "figures": FIGURES}
+    with pytest.raises(ValueError, match=said):
+        EvaluationRecord(**values | changes)
+
+
+def test_figures_that_no_sums_give_are_damage() -> None:
+    line = EvaluationRecord(2, 3, ("a", "b"), FIGURES).to_json()
+    for good, bad in (("0.8,", "1.8,"), ('"rows":40.0', '"rows":-1'), ("[0.2,0.6]", "[0.2,6]")):
+        assert good in line
+        with pytest.raises(ConfigurationError, match="line 7 is damaged"):
+            EvaluationRecord.from_json(line.replace(good, bad), "line 7")
+
+
+def test_the_figures_of_an_evaluation_stand_in_the_metrics_of_its_round(write_run: Any) -> None:
+    history = read_history(write_run(rounds=4, aborted={2}, evaluations={2: FIGURES, 4: FIGURES}))
+    assert [(e.update, e.round) for e in history.evaluations] == [(2, 3), (4, 5)]
+    plain = read_history(write_run("plain", rounds=4, aborted={2}))
+    assert plain.evaluations == ()
+    for record, before in zip(history.rounds, plain.rounds, strict=True):
+        told = FIGURES.values if record.update in (2, 4) else {}
+        assert record.metrics == before.metrics | told
+
+
+def test_of_two_evaluations_of_an_update_the_later_counts(write_run: Any) -> None:
+    """An interrupted run repeats one; what was told of a round that never finished is no more."""
+    directory: Path = write_run(rounds=2, finished=False)
+    better = msgspec.structs.replace(FIGURES, values=FIGURES.values | {"test_auc": 0.85})
+    lines = [
+        EvaluationRecord(2, 2, ("a",), FIGURES).to_json(),
+        EvaluationRecord(2, 3, ("a",), better).to_json(),
+        EvaluationRecord(3, 4, ("a",), FIGURES).to_json(),
+        "cut short",
+    ]
+    (directory / EVALUATIONS).write_text("\n".join(lines))
+    history = read_history(directory)
+    assert [e.figures for e in history.evaluations] == [better]
+    assert history.rounds[1].metrics["test_auc"] == 0.85
+
+
+def test_evaluations_out_of_order_are_refused(write_run: Any) -> None:
+    directory: Path = write_run(rounds=2)
+    lines = [EvaluationRecord(u, u, ("a",), FIGURES).to_json() + "\n" for u in (2, 1)]
+    (directory / EVALUATIONS).write_text("".join(lines))
+    with pytest.raises(ConfigurationError, match=r"evaluations\.jsonl line 2 is damaged: update 1"):
         read_history(directory)

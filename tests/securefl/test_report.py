@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from protocols.catalogue import PROTOCOLS
 from securefl.config import ConfigurationError, Encryption
 from securefl.records import SUMMARY
 from securefl.report import words, write_report
+from securefl.tallies import NOISY_BINS, NOISY_BITS, Figures, Tally
 
 PREFIX = "data:image/svg+xml;base64,"
 
@@ -346,3 +348,87 @@ def test_above_200_sites_the_report_claims_nothing_against_an_active_server() ->
         assert few == words.GUARANTEES[name]
         complete = Encryption(name=name, graph="complete")
         assert words.guarantees(complete, 201)[name] == few
+
+
+def some_figures(kinds: int = 2, apart: float = 1.0, deviations: float = 0.0) -> Figures:
+    """Figures of 600 rows, of so many classes (0: a regression), with so much noise."""
+    random = np.random.default_rng(1)
+    noisy = {"bins": NOISY_BINS, "bits": NOISY_BITS} if deviations else {}
+    if kinds:
+        tally, target = Tally(kinds, **noisy), random.integers(0, kinds, 600)
+        outputs = random.normal(0, 1, (600, kinds)) + apart * np.eye(kinds)[target]
+        total = tally.encode(outputs, random.exponential(0.5, 600), target)
+    else:
+        tally, level = Tally(0, target_range=(0.0, 50.0), **noisy), random.uniform(-1, 1, 600)
+        outputs = level[:, None] + random.normal(0, 0.3 / apart, (600, 1))
+        total = tally.encode(outputs, (outputs[:, 0] - level) ** 2, level)
+    deviation = deviations * tally.sensitivity
+    noise = np.rint(random.normal(0, deviation, tally.dimension)).astype(np.int64)
+    return tally.figures(total + noise, deviation)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "evaluations", "pictures"),
+    [(2, 3, 4), (2, 1, 2), (4, 3, 3), (4, 1, 1), (0, 3, 3), (0, 1, 0)],
+)
+def test_figures_from_sums_have_their_table_and_plots(
+    write_run: Any, kinds: int, evaluations: int, pictures: int
+) -> None:
+    """ROC curve and calibration for two classes, calibration for more, and how training went."""
+    told = {update: some_figures(kinds, 1 + update / 3) for update in range(1, evaluations + 1)}
+    page = Page(write_report(write_run(evaluations=told)))
+    assert len(page.pictures) == pictures + 5  # those of a private run without any figure
+    last = told[evaluations]
+    for key, value in last.values.items():
+        row = [words.sentence_case(words.metric_name(key).removeprefix("test "))]
+        row.append(words.number(value))
+        row.append(words.interval(last.intervals[key]) if key in last.intervals else "–")
+        assert " ".join([*row, words.MEANINGS[key]]) in page.text
+    assert f"From sums over 3 sites, of 600 test rows after round {evaluations}" in page.text
+    assert "no test row left its site. The sums were exact." in page.text
+    assert ("class 3" in page.text) == (kinds == 4)
+
+
+def test_noise_in_the_figures_is_said_with_its_epsilon(write_run: Any) -> None:
+    evaluations = {2: some_figures(deviations=0.5)}
+    page = Page(write_report(write_run(evaluations=evaluations, protected=0.70001)))
+    about = round(evaluations[2].rows)
+    assert f"of about {about} test rows" in page.text
+    assert "The sums carried noise: epsilon 0.701 protects the test rows." in page.text
+    assert "The sums were exact" not in page.text
+
+
+def test_the_roc_curve_shows_the_point_at_the_threshold(write_run: Any) -> None:
+    figures = some_figures()
+    page = Page(write_report(write_run(evaluations={3: figures})))
+    sensitivity = words.number(figures.values["test_sensitivity"])
+    specificity = words.number(figures.values["test_specificity"])
+    said = f"Sensitivity {sensitivity}, specificity {specificity} at the threshold 0.5."
+    assert [alt for alt in page.pictures if said in alt]
+    assert {"at the threshold 0.5", "chance", "sensitivity", "calibrated"} <= page.labels()
+
+
+def test_figures_that_noise_hides_leave_a_page_without_them(write_run: Any) -> None:
+    """Nothing told: no plot of nothing, and no row of dashes."""
+    evaluations = {1: Figures(0.0, {}, {}, exact=False), 2: Figures(0.0, {}, {}, exact=False)}
+    page = Page(write_report(write_run(evaluations=evaluations)))
+    assert "of about 0 test rows" in page.text
+    assert not [alt for alt in page.pictures if "ROC" in alt or "Observed" in alt]
+
+
+def test_every_figure_from_sums_has_a_name_and_a_meaning() -> None:
+    for kinds in (0, 2, 3):
+        for key in some_figures(kinds).values:
+            assert words.MEANINGS[key]
+            assert (
+                words.in_order({key: 0.0, "test_unknown": 0.0})[0 if key != "test_loss" else 1]
+                == key
+            )
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_an_interval_is_never_shown_narrower_than_it_is(low: float, width: float) -> None:
+    shown_low, shown_high = map(float, words.interval((low, low + width)).split(" to "))
+    assert shown_low <= low
+    assert low + width <= shown_high
+    assert shown_high - shown_low <= width + 4e-4 + 2e-3 * (abs(low) + width)

@@ -15,9 +15,9 @@ from scipy.special import expit
 from scipy.stats import beta, binom, norm
 from sklearn import metrics
 
-from securefl.tallies import GROUPS, LOSS_CAP, NOISY_BINS, NOISY_BITS, Figures, Tally
+from securefl.tallies import GROUPS, LOSS_CAP, NOISY_BINS, NOISY_BITS, Figures, Tally, usual_bins
 
-NOISY = Tally(2, bins=NOISY_BINS, bits=NOISY_BITS)
+NOISY = Tally(2, bins=usual_bins(2, exact=False), bits=NOISY_BITS)
 SEEDS = st.integers(0, 2**32 - 1)
 TALLIES = (
     Tally(2, threshold=0.3),
@@ -109,9 +109,9 @@ def test_two_classes_give_scikit_learns_figures_of_the_pooled_rows(
 @given(SEEDS, st.integers(3, 6))
 def test_more_classes_give_scikit_learns_figures_of_the_pooled_rows(seed: int, kinds: int) -> None:
     random = np.random.default_rng(seed)
-    target = np.concatenate([np.arange(kinds), random.integers(0, kinds, 200)])
+    target = np.concatenate([np.arange(kinds), random.integers(0, kinds, 3000)])
     outputs = random.normal(0, 1, (len(target), kinds)) + 1.5 * np.eye(kinds)[target]
-    tally = Tally(kinds)
+    tally = Tally(kinds, bins=usual_bins(kinds, exact=True))
     figures = tally.figures(tally.encode(outputs, np.zeros(len(target)), target))
     chosen = outputs.argmax(1)
     assert figures.values["test_accuracy"] == pytest.approx((chosen == target).mean(), abs=1e-12)
@@ -122,26 +122,27 @@ def test_more_classes_give_scikit_learns_figures_of_the_pooled_rows(seed: int, k
     assert not figures.roc
     chance = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
     error = calibration_error(chance.max(1), chosen == target)
-    assert figures.values["test_calibration_error"] == pytest.approx(error, abs=1e-4)
+    assert figures.values["test_calibration_error"] == pytest.approx(error, abs=6e-3)
 
 
 @settings(max_examples=25)
 @given(SEEDS)
 def test_the_calibration_curve_is_that_of_the_pooled_rows(seed: int) -> None:
+    """But for the few rows in the bins that two groups divide."""
     random = np.random.default_rng(seed)
-    margin = random.normal(0, 2, 400)
-    target = (random.random(400) < expit(0.6 * margin)).astype(np.int64)
+    margin = random.normal(0, 2, 4000)
+    target = (random.random(4000) < expit(0.6 * margin)).astype(np.int64)
     figures = Tally(2).figures(tallied(Tally(2), margin, target))
     chance = expit(margin)
     error = calibration_error(chance, target)
-    assert figures.values["test_calibration_error"] == pytest.approx(error, abs=1e-4)
+    assert figures.values["test_calibration_error"] == pytest.approx(error, abs=2e-3)
     group = np.minimum((chance * GROUPS).astype(int), GROUPS - 1)
     expected = [
-        (chance[group == g].mean(), target[group == g].mean(), (group == g).sum())
+        (chance[group == g].mean(), target[group == g].mean(), (group == g).mean())
         for g in range(GROUPS)
-        if (group == g).any()
     ]
-    assert np.array(figures.calibration) == pytest.approx(np.array(expected), abs=1e-4)
+    got = np.array(figures.calibration) / [1, 1, 4000]
+    assert got == pytest.approx(np.array(expected), abs=0.01)
 
 
 def calibration_error(chance: Any, hit: Any) -> float:
