@@ -33,7 +33,7 @@ from securefl.privacy.rotation import Rotation, block
 from securefl.pruning import fewest_surviving
 from securefl.replicas import Standing
 from securefl.state import GlobalState
-from securefl.tallies import EXACT_BINS, NOISY_BINS, NOISY_BITS, Tally
+from securefl.tallies import EXACT_BITS, NOISY_BITS, Tally, usual_bins
 
 OVERFLOW: Final = 2.0**-40
 """The most probability of noise that wraps one coordinate of one sum."""
@@ -118,11 +118,11 @@ def tally(experiment: Experiment, sites: int) -> Tally | None:
         return None
     noisy = experiment.privacy is not None and evaluation.protected
     # Of at most 2^24 test rows no exact sum leaves its slot.
-    exact_bits = min(20, PROTOCOLS[experiment.protocol.name].slot_bits(sites) - 25)
+    exact_bits = min(EXACT_BITS, PROTOCOLS[experiment.protocol.name].slot_bits(sites) - 25)
     return Tally(
         classes=len(schema.classes),
         target_range=schema.target_range,
-        bins=evaluation.bins or (NOISY_BINS if noisy else EXACT_BINS),
+        bins=evaluation.bins or usual_bins(len(schema.classes), not noisy),
         threshold=evaluation.threshold,
         bits=NOISY_BITS if noisy else exact_bits,
     )
