@@ -57,9 +57,9 @@ def schema() -> str:
     """The page on schemas, in Markdown."""
     return _page(
         "The schema",
-        "What every site's file must hold, so that all of them mean the same. All sites of a run "
-        "have one schema; they compare it by its hash. [Your own data](../your-own-data.md) leads "
-        "through making one.",
+        "What every site's file must hold, so that all of them mean the same. A site refuses a run "
+        "on another schema than its own. [Your own data](../your-own-data.md) leads through making "
+        "one.",
         _SCHEMA,
         Schema,
     )
@@ -262,7 +262,9 @@ def _figure(value: Any) -> str:
     if value != int(value):
         return f"{value:g}"
     whole = int(value)
-    return f"2^{whole.bit_length() - 1}" if whole.bit_count() == 1 < whole >> 31 else f"{whole:,}"
+    if whole >= 2**32 and whole.bit_count() == 1:
+        return f"2^{whole.bit_length() - 1}"
+    return f"{whole:,}"
 
 
 def _default(info: FieldInfo) -> str:
