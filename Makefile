@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow bench lint types imports check-python vectors clean
+.PHONY: help demo test test-slow bench lint types imports check-python vectors reference clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,12 @@ imports: $(VENV)/.tests ## the directions of imports
 
 vectors: $(VENV)/.tests ## write the known-answer vectors again
 	$(BIN)/python tests/vectors/regenerate.py
+
+reference: $(VENV)/.installed ## write docs/reference/ again, from the code that reads the files
+	mkdir -p docs/reference
+	$(BIN)/securefl reference experiment > docs/reference/experiment.md
+	$(BIN)/securefl reference site > docs/reference/site.md
+	$(BIN)/securefl reference schema > docs/reference/schema.md
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

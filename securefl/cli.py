@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.resources
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self, TextIO
 
@@ -289,6 +290,23 @@ def plan(
     from rich.console import Console
 
     Console(highlight=False).print(_plan_table(found))
+
+
+class Page(StrEnum):
+    """A file that people write, and the page that explains its keys."""
+
+    experiment = "experiment"
+    site = "site"
+    schema = "schema"
+
+
+@app.command()
+def reference(page: Annotated[Page, typer.Argument(help="Which file's keys to explain.")]) -> None:
+    """Print what every key of a file means, as in docs/reference/."""
+    from securefl import reference as pages
+
+    write = {Page.experiment: pages.experiment, Page.site: pages.site, Page.schema: pages.schema}
+    typer.echo(write[page](), nl=False)
 
 
 def join(target: typer.Typer, entries: Iterable[importlib.metadata.EntryPoint]) -> None:

@@ -62,18 +62,23 @@ class Data(Section):
         Literal["breast-cancer", "digits", "diabetes", "table", "heart-disease", "mnist"]
         | Callable_
     ) = "breast-cancer"
+    """Files ("table"), a public data set by its name, or installed code that gives a table."""
     agreed: Schema | None = Field(default=None, alias="schema")
     path: Path | None = None
     label: str | None = None
+    """Without a schema: the column that the model learns."""
     person: str | None = None
     task: Literal["classification", "regression"] | None = None
+    """Without a schema: by default what the label looks like."""
     classes: tuple[str, ...] | None = None
+    """Without a schema: the label's classes, in order; by default those that occur."""
     drop: tuple[str, ...] = ()
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test_column: str | None = None
     default_range: Range | None = None
     ranges: Mapping[str, Range] = {}
     target_range: Range | None = None
+    """Without a schema: of the label of a regression, mapped onto [-1, 1]."""
 
     @property
     def person_column(self) -> str | None:
@@ -185,10 +190,14 @@ class Sites(Section):
     """
 
     count: Count | None = None
+    """How many sites, where neither names nor files say it."""
     names: tuple[SiteName, ...] | None = None
+    """Their names; with files, which of them take part."""
     partition: Literal["iid", "dirichlet", "column", "file"] = "iid"
     alpha: Positive = 1.0
+    """With "dirichlet": a small one makes sites differ much (Hsu, Qi and Brown 2019)."""
     column: str | None = None
+    """With "column": every value of it is a site."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -212,19 +221,28 @@ class Model(Section):
     """
 
     name: Literal["linear", "logistic", "mlp", "cnn", "small-cnn"] | Callable_ = "logistic"
+    """A network: "mlp" has hidden layers, "cnn" and "small-cnn" are for images."""
     hidden: tuple[Count, ...] = (16,)
+    """Of "mlp": how many units each hidden layer has."""
     loss: Literal["auto", "cross-entropy", "squared-error"] | Callable_ = "auto"
+    """With "auto": cross-entropy of classes, squared error of numbers."""
 
 
 class Training(Section):
     """What a site does between two rounds."""
 
     local_steps: Rounds = 1
+    """Of a site in one round; 1 with distributed noise of records."""
     batch_size: Count = 32
+    """Records of a step; with [privacy] `rate` and `expected_batch` say it."""
     optimiser: Literal["sgd", "adam"] | Callable_ = "sgd"
+    """Of the local steps."""
     learning_rate: Positive = 0.1
+    """Of the local steps."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of "sgd" alone."""
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """How strongly weights are drawn to zero."""
 
 
 class Aggregation(Section):
@@ -236,15 +254,20 @@ class Aggregation(Section):
     """
 
     algorithm: Literal["fedavg", "fedadam"] | Callable_ = "fedavg"
+    """How the mean update moves the weights."""
     learning_rate: Positive = 1.0
+    """How far the global weights follow the mean update."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
     average_from: Count | None = None
     weighting: Literal["uniform", "records", "declared"] = "uniform"
+    """What a site counts in the mean: as the others, as its records, or as declared."""
     weights: Mapping[SiteName, Count] = {}
+    """With "declared": public weights by site."""
     weight_cap: Count | None = None
+    """With "records": a public number that no record count of a site exceeds."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -274,9 +297,13 @@ class Privacy(Section):
     """
 
     unit: Literal["record", "person"] = "record"
+    """What is protected; people take a column that names them."""
     noise: Literal["local", "distributed"] = "local"
+    """Whether each site's noise suffices, or only that of the sum over all sites."""
     epsilon: Positive
+    """The most that the whole run may cost, test rows apart."""
     delta: Annotated[float, Field(ge=1e-12, lt=1)]
+    """The chance that epsilon does not hold: well below one over the records (or people)."""
     clip: Clip = 1.0
     clip_quantile: Quantile | None = None
     clip_learning_rate: Unit = 0.2
@@ -297,17 +324,22 @@ class SitePrivacy(Section):
 
     The update of any local training is clipped to L2 norm `clip`. Where it takes fewer bits, sites
     rotate their updates first, by a rotation that is public; that needs no key. `clip_quantile`
-    and `clip_learning_rate`: as in `Privacy`, for the norms of updates.
+    and `clip_learning_rate`: as where records are protected, but of the norms of updates.
     """
 
     unit: Literal["site"]
+    """Everything that a site sends is protected."""
     noise: Literal["distributed"] = "distributed"
+    """No other."""
     epsilon: Positive
+    """The most that the whole run may cost."""
     delta: Annotated[float, Field(ge=1e-12, lt=1)]
+    """The chance that epsilon does not hold; well below one over the sites."""
     clip: Clip = 1.0
     clip_quantile: Quantile | None = None
     clip_learning_rate: Unit = 0.2
     spare_rounds: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 2
+    """Rounds that may be lost to aborts without overspending."""
 
 
 def _unit(value: Any) -> str:
@@ -332,8 +364,11 @@ class Encryption(Section):
     """
 
     name: Literal["plain", "bfv", "secagg", "masked-bfv"] = "masked-bfv"
+    """What "plain" sends is open; "bfv" encrypts, "secagg" masks, "masked-bfv" does both."""
     bits: Annotated[int, Field(ge=2, le=24)] = 16
+    """Of a coordinate of an update; with distributed noise the plan chooses them."""
     clip: Clip = 1.0
+    """The largest coordinate of an update; larger ones are cut. Not read with distributed noise."""
     colluding_sites: Annotated[int, Field(ge=0)] = 1
     minimum_cohort: Annotated[int, Field(ge=2)] | None = None
     graph: Literal["auto", "complete"] = "auto"
@@ -364,10 +399,15 @@ class Pruning(Section):
     """Magnitude pruning of the global model, from the aggregate alone."""
 
     sparsity: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the weights that is zero in the end."""
     schedule: Literal["one-shot", "linear", "cubic"] = "cubic"
+    """All at once, evenly, or fast at first (Zhu and Gupta 2017)."""
     scope: Literal["global", "layer"] = "global"
+    """Whether the smallest weights of all, or of each layer."""
     first_round: Count = 1
+    """When pruning begins."""
     last_round: Count | None = None
+    """When it has reached `sparsity`; by default at the end."""
 
 
 class Stopping(Section):
@@ -385,6 +425,7 @@ class Engine(Section):
 
     workers: Annotated[int, Field(ge=0)] = 0
     deadline: Positive | None = None
+    """Seconds that workers have for a phase of a round; who is late is left out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -397,34 +438,52 @@ class Transcript(Section):
     """Record what crosses each wire, for the sites that consent; nothing by default."""
 
     consent: tuple[SiteName, ...] = ()
+    """Sites whose messages may be kept in the run directory."""
 
 
 class Experiment(Section):
-    """Everything that decides a federated run. Read it with `load`, write it with `dump`.
+    """Everything that decides a federated run.
 
     `seed` is public: it drives initialisation, splits and partitions only. `not_private_seed`
     makes every draw reproducible, for tests, and every output then says "not private".
     """
 
     version: Literal[1] = 1
+    """Of this form of file."""
     name: Name = "experiment"
+    """Of the run and its directory."""
     rounds: Rounds = 30
+    """Updates of the model, at most."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     not_private_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """Where sites compute: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N", a GPU."""
     data: Data = Data()
+    """Where records come from."""
     sites: Sites = Sites(count=5)
+    """Who takes part."""
     model: Model = Model()
+    """What is trained."""
     training: Training = Training()
+    """What a site does in a round."""
     aggregation: Aggregation = Aggregation()
+    """What is made of the updates."""
     preprocessing: Preprocessing | None = None
+    """How columns become features. With a schema it is always there."""
     evaluation: Evaluation | None = None
+    """Test figures from the sites. With a schema it is always there."""
     privacy: AnyPrivacy | None = None
+    """What is promised of each record, person or site. Without it nothing is."""
     protocol: Encryption = Encryption()
+    """How updates are added up."""
     pruning: Pruning | None = None
+    """Weights that become zero."""
     stopping: Stopping | None = None
+    """When to stop before all rounds are done."""
     engine: Engine = Engine()
+    """Where sites run in a simulation."""
     transcript: Transcript = Transcript()
+    """What is kept for later study."""
 
     @model_validator(mode="before")
     @classmethod
@@ -541,7 +600,9 @@ class SiteData(Section):
     """
 
     id: Name
+    """What the ledger calls the data set, for good."""
     purpose: Line
+    """What the records are used for."""
     person: str | None = None
     path: Path | None = None
     agreed: Schema | None = Field(default=None, alias="schema")
@@ -551,15 +612,18 @@ class Budget(Section):
     """What a data set may ever spend, over all runs: epsilon at one delta, counted in one unit."""
 
     unit: Protected
+    """What is protected and counted."""
     epsilon: Budgeted
+    """Of all runs together."""
     delta: Delta
+    """The chance that epsilon does not hold."""
 
 
 class Policy(Section):
     """What a site lets a server propose; docs/site-policy.md says what each key means.
 
     A run must keep every rule. Every default is the safe one. Without `maximum_epsilon`,
-    `maximum_delta` and `units` the budget decides (`Site.maximum_epsilon` and so on).
+    `maximum_delta` and `units` the budget decides.
     """
 
     consent: Literal["each-run", "standing"] = "each-run"
@@ -602,10 +666,15 @@ class Site(Section):
     """
 
     version: Literal[1]
+    """Of this form of file."""
     name: SiteName
+    """What the consortium calls this site."""
     data: SiteData
+    """The records."""
     budget: Budget
+    """What they may spend."""
     policy: Policy = Policy()
+    """What a server may propose."""
     consortium: Mapping[SiteName, Hex32] = {}
 
     @model_validator(mode="after")

@@ -27,8 +27,10 @@ class _Column(Section):
     """What every column may say. `optional`: a site's file may lack it, and all its values then."""
 
     missing: tuple[Code, ...] = ()
+    """Codes that mean "no value" in this column, besides those of all columns."""
     optional: Flag = False
     description: Line | None = None
+    """For readers; not part of what is agreed on."""
 
 
 class NumberColumn(_Column):
@@ -39,8 +41,10 @@ class NumberColumn(_Column):
     """
 
     type: Literal["number"]
+    """What the column holds."""
     range: Range
     unit: Line | None = None
+    """Of the values, for readers; agreed on."""
     outside: Literal["refuse", "missing", "clip"] = "refuse"
 
     @model_validator(mode="after")
@@ -59,6 +63,7 @@ class CategoryColumn(_Column):
     """
 
     type: Literal["category"]
+    """What the column holds."""
     categories: tuple[Code, ...] | Mapping[Line, tuple[Code, ...]]
     outside: Literal["refuse", "missing", "other"] = "refuse"
 
@@ -97,6 +102,7 @@ class TextColumn(_Column):
     """Text that is no feature: whose a row is, which rows are for tests, which site holds it."""
 
     type: Literal["text"]
+    """What the column holds."""
 
 
 class ImageColumn(_Column):
@@ -106,8 +112,11 @@ class ImageColumn(_Column):
     """
 
     type: Literal["image"]
+    """What the column holds."""
     height: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    """In pixels."""
     width: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    """In pixels."""
     channels: Literal[1, 3] = 1
 
 
@@ -126,7 +135,9 @@ class Schema(Section):
     """
 
     version: Literal[1]
+    """Of this form of file."""
     name: Name
+    """What people call it."""
     label: str
     person: str | None = None
     test: str | None = None
@@ -134,6 +145,7 @@ class Schema(Section):
     decimal: Literal[".", ","] = "."
     missing: tuple[Code, ...] = ()
     columns: Annotated[Mapping[Line, Column], Field(min_length=1, max_length=100_000)]
+    """Every column that is read."""
 
     @field_validator("columns")
     @classmethod
