@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from securefl import sections
 from securefl.schema import Schema
@@ -79,6 +79,13 @@ class Data(Section):
     ranges: Mapping[str, Range] = {}
     target_range: Range | None = None
     """Without a schema: of the label of a regression, mapped onto [-1, 1]."""
+
+    @field_validator("agreed", mode="before")
+    @classmethod
+    def _read(cls, told: Any) -> Any:
+        if isinstance(told, str):
+            raise ValueError(f"{told!r} is a file, which is read only where this is one, too")
+        return told
 
     @property
     def person_column(self) -> str | None:
@@ -728,6 +735,7 @@ class Site(Section):
 def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") -> Experiment:
     """The experiment written in `text`, with `a.b=value` overrides laid over it.
 
+    Opens no file: who proposes an experiment must not name one here, not even a schema's.
     Raises ConfigurationError naming `origin`, the key, the value and the mend.
 
     >>> parse("rounds = 5", ["training.learning_rate=0.5"]).training.learning_rate
@@ -736,15 +744,19 @@ def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") 
     Traceback (most recent call last):
     securefl.sections.ConfigurationError: experiment: no key 'ruonds'; did you mean 'rounds'?
     """
-    return _experiment(text, overrides, origin, Path())
+    return _experiment(text, overrides, origin, None)
 
 
-def _experiment(text: str, overrides: Iterable[str], origin: str, folder: Path) -> Experiment:
+def _experiment(
+    text: str, overrides: Iterable[str], origin: str, folder: Path | None
+) -> Experiment:
     tree = parse_tree(text, origin)
-    _read_schema(tree, folder)
+    if folder is not None:
+        _read_schema(tree, folder)
     for override in overrides:
         _lay_over(tree, override)
-    _read_schema(tree, Path())
+    if folder is not None:
+        _read_schema(tree, Path())
     return validated(Experiment, tree, origin)
 
 
@@ -772,13 +784,7 @@ def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
 
 def parse_site(text: str, origin: str = "site") -> Site:
     """The site written in `text`. Raises ConfigurationError as `parse` does."""
-    return _site(text, origin, Path())
-
-
-def _site(text: str, origin: str, folder: Path) -> Site:
-    tree = parse_tree(text, origin)
-    _read_schema(tree, folder)
-    return validated(Site, tree, origin)
+    return validated(Site, parse_tree(text, origin), origin)
 
 
 def load_site(path: Path | str) -> Site:
@@ -786,7 +792,9 @@ def load_site(path: Path | str) -> Site:
 
     Raises ConfigurationError naming the file, the key, the value and the mend.
     """
-    site = _site(read_text(path), str(path), Path(path).parent)
+    tree = parse_tree(read_text(path), str(path))
+    _read_schema(tree, Path(path).parent)
+    site = validated(Site, tree, str(path))
     if site.data.path is None:
         return site
     data = site.data.model_copy(update={"path": Path(path).resolve().parent / site.data.path})

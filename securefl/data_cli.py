@@ -122,6 +122,8 @@ def _print(found: Findings, schema: Schema) -> None:
         _print_findings(console, found, severity)
     if not found.findings:
         console.print("Nothing odd was found.")
+    console.print(f"Schema {schema.name}, the same at every site:", markup=False)
+    console.print(f"SHA-256 {schema.digest().hex()}", soft_wrap=True)
     console.print(STAYS)
 
 

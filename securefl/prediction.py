@@ -19,9 +19,9 @@ from securefl import config, models, schema
 from securefl.config import ConfigurationError
 from securefl.data import Frame, reading
 from securefl.preprocessing import NOISY, Fitted, FittedNumber, Preprocessor
+from securefl.records import MODEL
 from securefl.schema import CategoryColumn, NumberColumn, Schema
 
-MODEL: Final = "model.json"
 WEIGHTS: Final = "model.safetensors"
 
 _LABEL: Final = "(label)"

@@ -37,6 +37,7 @@ from securefl.records import (
     EVALUATIONS,
     EXPERIMENT,
     METRICS,
+    MODEL,
     PREPROCESSING,
     SITES,
     SUMMARY,
@@ -672,7 +673,7 @@ class _Job:
             "private": self._why_not_private() is None,
         }
         store.write(folder / "model.safetensors", save_tensors(tensors))
-        store.write(folder / "model.json", json.dumps(about, indent=2).encode() + b"\n")
+        store.write(folder / MODEL, json.dumps(about, indent=2).encode() + b"\n")
 
     def _preprocessed(self) -> dict[str, Any]:
         """What makes features of a new file's columns: it travels with the model."""

@@ -90,6 +90,7 @@ def _rules(
     yield from _of_records(site, experiment, today)
     yield from _of_code(site, experiment)
     yield from _of_protocol(site, experiment, sites)
+    yield from _of_sums(site, experiment, sites)
     plan = _plan(experiment, sites, dimension)
     if plan is not None:
         noise, least = noise_multiplier(plan), site.policy.minimum_noise
@@ -191,6 +192,18 @@ def _of_schema(site: Site, data: Data) -> Iterator[_Rule]:
         return
     for key, mine, other in differences(ours, theirs):
         yield _Rule(f"data.schema, {key}", True, other, mine)
+
+
+def _of_sums(site: Site, experiment: Experiment, sites: int) -> Iterator[_Rule]:
+    """Sums that tell how many records all sites have, and more, without noise."""
+    fitting = agreement.preprocessor(experiment, sites)
+    exact = fitting is not None and fitting.stages and experiment.privacy is None
+    yield _Rule(
+        "policy.record_counts",
+        bool(exact) and not site.policy.record_counts,
+        "exact statistics of all sites' records, their number among them",
+        "statistics with noise ([privacy]), or none: [preprocessing] from declared values",
+    )
 
 
 def _of_code(site: Site, experiment: Experiment) -> Iterator[_Rule]:

@@ -6,17 +6,18 @@ security policy forbids it), runs no script, and prints on A4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import msgspec
 
 from protocols.catalogue import PROTOCOLS
 from securefl import agreement, store
 from securefl.config import ConfigurationError, Experiment
 from securefl.privacy.ledger import Accepted, Ledger, Registered
-from securefl.records import REPORT, SUMMARY, History, Summary, read_history
+from securefl.records import MODEL, REPORT, SUMMARY, History, Summary, read_history
 from securefl.report import words
 
 __all__ = ["write_ledger_page", "write_report"]
@@ -111,9 +112,23 @@ def _render(history: History, summary: Summary) -> str:
             test=_test(history),
             test_plots=evaluation_plots(history.evaluations, *_threshold(history.experiment)),
             dropouts=_dropouts(summary),
+            inputs=_inputs(history.directory),
             aborted=words.ranges(summary.aborted_rounds),
         )
     )
+
+
+def _inputs(directory: Path) -> Mapping[str, str]:
+    """What each input of the model is, in words; empty where records came as features."""
+    try:
+        told = msgspec.json.decode((directory / MODEL).read_bytes(), type=_Inputs)
+    except (OSError, msgspec.MsgspecError):  # the page tells of the run; the model is beside it
+        return {}
+    return told.inputs
+
+
+class _Inputs(msgspec.Struct, frozen=True):
+    inputs: dict[str, str] = {}
 
 
 def _environment() -> jinja2.Environment:
