@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +25,12 @@ from securefl.config import Experiment
 from securefl.data import Frame, Table
 from securefl.data.sources import load_frame, load_frames
 from securefl.prediction import Model
-from securefl.preprocessing import Fitted, Preprocessor
-from securefl.records import EvaluationRecord
+from securefl.preprocessing import NOISY, Fitted, Preprocessor
+from securefl.records import EvaluationRecord, read_history
 from securefl.runs import Run, run
+from securefl.store import SiteStore
 
-SITES = {"east": 60, "north": 90, "south": 45}
-SCHEMA = """
-version = 1
-name = "clinic"
-label = "outcome"
-person = "patient"
-missing = ["?"]
-[columns.patient]
-type = "text"
-[columns.part]
-type = "text"
-optional = true
-[columns.age]
-type = "number"
-range = [0, 100]
-unit = "years"
-[columns.bmi]
-type = "number"
-range = [10, 60]
-missing = ["-9"]
-[columns.marker]
-type = "number"
-range = [-5, 5]
-optional = true
-[columns.smoker]
-type = "category"
-categories = { never = ["0"], former = ["1"], yes = ["2", "3"] }
-[columns.outcome]
-type = "category"
-categories = { no = ["0"], yes = ["1"] }
-"""
-EXPERIMENT = """
-name = "clinic"
-rounds = 3
-[data]
-source = "table"
-path = "{path}"
-schema = "{schema}"
-test_fraction = 0.3
-[sites]
-partition = "file"
-[model]
-name = "logistic"
-[training]
-learning_rate = 0.5
-[protocol]
-name = "plain"
-"""
+SITES = ("east", "north", "south")
 LOCAL = (
     "privacy.epsilon=6.0",
     "privacy.delta=1e-3",
@@ -91,71 +46,8 @@ DISTRIBUTED = (
     "protocol.name=secagg",
 )
 PLANS = pytest.mark.parametrize("plan", [LOCAL, DISTRIBUTED], ids=["local", "distributed"])
-BY_COLUMN = 'person = "patient"\ntest = "part"'
-
-Row = dict[str, str]
-Rows = list[Row]
-
-
-def drawn(sites: Mapping[str, int] = SITES, seed: int = 0) -> dict[str, Rows]:
-    """Every site's rows: one to three a patient, with gaps; only north knows the marker."""
-    rng = np.random.default_rng(seed)
-    found: dict[str, Rows] = {}
-    for site, count in sites.items():
-        rows: Rows = []
-        while len(rows) < count:
-            patient, ill = f"{site}-{len(rows)}", int(rng.integers(2))
-            for _ in range(min(int(rng.integers(1, 4)), count - len(rows))):
-                row = {
-                    "ward": "A",  # of which the schema knows nothing
-                    "patient": patient,
-                    "part": "test" if len(patient) % 2 else "train",
-                    "age": f"{np.clip(rng.normal(50 + 15 * ill, 10), 0, 100):.1f}",
-                    "bmi": f"{np.clip(rng.normal(25 + 4 * ill, 3), 10, 60):.2f}",
-                    "smoker": str(rng.integers(4)),
-                    "outcome": str(ill),
-                }
-                if site == "north":
-                    row["marker"] = f"{np.clip(rng.normal(ill, 1), -5, 5):.3f}"
-                for name, code in (("age", "?"), ("bmi", "-9"), ("smoker", "")):
-                    if rng.random() < 0.1:
-                        row[name] = code
-                rows.append(row)
-        found[site] = rows
-    return found
-
-
-class Clinic:
-    """The files of three sites in a folder, and experiments on them."""
-
-    def __init__(self, folder: Path, rows: Mapping[str, Rows], schema: str) -> None:
-        self.folder, self.rows = folder, rows
-        folder.mkdir(parents=True)
-        self.schema = folder / "clinic.schema.toml"
-        self.schema.write_text(schema)
-        for site, held in rows.items():
-            with self.file(site).open("w", newline="") as target:
-                writer = csv.DictWriter(target, list(held[0]))
-                writer.writeheader()
-                writer.writerows(held)
-
-    def file(self, site: str) -> Path:
-        return self.folder / f"{site}.csv"
-
-    def experiment(self, *overrides: str) -> Experiment:
-        text = EXPERIMENT.format(path=self.folder / "*.csv", schema=self.schema)
-        return config.parse(text, overrides, origin="clinic")
-
-
-@pytest.fixture
-def clinic(tmp_path: Path) -> Callable[..., Clinic]:
-    """`clinic(rows, schema=...)`: files with those rows, by default all that `drawn` gives."""
-    count = iter(range(100))
-
-    def made(rows: Mapping[str, Rows] | None = None, schema: str = SCHEMA) -> Clinic:
-        return Clinic(tmp_path / f"clinic-{next(count)}", rows or drawn(), schema)
-
-    return made
+BY_COLUMN = ('person = "patient"', 'person = "patient"\ntest = "part"')
+"""What makes the clinic's schema one whose column says which rows are for tests."""
 
 
 def bare_run(experiment: Experiment, folder: Path, **more: Any) -> Run:
@@ -169,7 +61,7 @@ def parts(experiment: Experiment) -> dict[str, tuple[Frame, Frame]]:
 
 
 def preprocessor(experiment: Experiment) -> Preprocessor:
-    made = agreement.preprocessor(experiment, len(SITES))
+    made = agreement.preprocessor(experiment, 3)
     assert made is not None
     return made
 
@@ -217,7 +109,7 @@ def test_files_with_gaps_become_a_model_that_predicts_as_the_parts_do_by_hand(cl
     experiment = made.experiment("rounds=6", "protocol.name=masked-bfv")
     done = bare_run(experiment, tmp_path / "run")
     summary, folder = done.summary, done.directory
-    assert summary.sites == tuple(SITES)
+    assert summary.sites == SITES
     assert summary.metric["test_auc"] > 0.8
     assert set(summary.intervals) <= set(summary.metric)
     for name, (low, high) in summary.intervals.items():
@@ -227,7 +119,7 @@ def test_files_with_gaps_become_a_model_that_predicts_as_the_parts_do_by_hand(cl
     assert (summary.trained_on, summary.counted) == (rows, "records")
     (last,) = evaluations(folder)
     assert last.update == 6
-    assert last.sites == tuple(SITES)
+    assert last.sites == SITES
     assert last.figures.values.items() <= summary.metric.items()
     about = json.loads((folder / "model.json").read_text())
     assert msgspec.convert(about["fitted"], Fitted) == fitted(folder)
@@ -253,7 +145,7 @@ def test_files_with_gaps_become_a_model_that_predicts_as_the_parts_do_by_hand(cl
 
 
 def test_a_file_without_labels_people_or_test_marks_is_predicted(clinic, tmp_path):
-    made = clinic(schema=SCHEMA.replace('person = "patient"', BY_COLUMN))
+    made = clinic(changes=BY_COLUMN)
     folder = bare_run(made.experiment(), tmp_path / "run").directory
     bare = tmp_path / "new.csv"
     with bare.open("w", newline="") as target:
@@ -276,7 +168,7 @@ def test_where_a_required_value_is_missing_nothing_is_predicted(clinic, tmp_path
     command = ["predict", str(folder), str(made.file("east")), "--output", str(out)]
     assert CliRunner().invoke(app, command).exit_code == 0
     lines = list(csv.DictReader(out.open()))
-    assert [line["row"] for line in lines] == [str(i + 1) for i in range(SITES["east"])]
+    assert [line["row"] for line in lines] == [str(i + 1) for i in range(len(lacking))]
     assert [line["prediction"] == "" for line in lines] == lacking
     assert [line["probability of no"] == "" for line in lines] == lacking
 
@@ -327,11 +219,10 @@ def test_fitted_values_are_those_of_all_training_rows_together(clinic, tmp_path,
     assert fitted(folder).to_bytes() == pooled(experiment).to_bytes()
 
 
-def test_a_site_all_of_whose_rows_are_for_tests_takes_part(clinic, tmp_path):
-    rows = drawn()
-    for row in rows["south"]:
+def test_a_site_all_of_whose_rows_are_for_tests_takes_part(clinic, drawn, tmp_path):
+    for row in drawn["south"]:
         row["part"] = "test"
-    made = clinic(rows, SCHEMA.replace('person = "patient"', BY_COLUMN))
+    made = clinic(drawn, BY_COLUMN)
     experiment = made.experiment()
     done = bare_run(experiment, tmp_path / "run")
     assert len(parts(experiment)["south"][0]) == 0
@@ -344,15 +235,14 @@ def test_a_site_all_of_whose_rows_are_for_tests_takes_part(clinic, tmp_path):
 
 
 @pytest.mark.parametrize("plan", [(), LOCAL, DISTRIBUTED], ids=["none", "local", "distributed"])
-def test_nothing_that_test_rows_hold_reaches_the_model(clinic, tmp_path, plan):
-    schema = SCHEMA.replace('person = "patient"', BY_COLUMN)
-    made, changed = clinic(schema=schema), drawn()
-    for rows in changed.values():
+def test_nothing_that_test_rows_hold_reaches_the_model(clinic, drawn, tmp_path, plan):
+    made = clinic(changes=BY_COLUMN)
+    for rows in drawn.values():
         for row in rows:
             if row["part"] == "test":
                 row |= {"age": "99", "bmi": "?", "smoker": "1", "outcome": "0"}
     told = []
-    for name, place in (("as it is", made), ("changed", clinic(changed, schema))):
+    for name, place in (("as it is", made), ("changed", clinic(drawn, BY_COLUMN))):
         experiment = place.experiment("not_private_seed=3", *plan)
         folder = bare_run(experiment, tmp_path / name).directory
         weights = (folder / "model.safetensors").read_bytes()
@@ -401,3 +291,139 @@ def test_workers_fit_and_evaluate_as_one_process_does(clinic, tmp_path):
         weights = (folder / "model.safetensors").read_bytes()
         told.append((fitted(folder), evaluations(folder)[-1].figures, weights))
     assert told[0] == told[1]
+
+
+# --- under a plan --------------------------------------------------------------------------------
+
+
+def units(experiment: Experiment, name: str) -> float:
+    """The deviation of the noise in one count of a release, all sites' together, in rows."""
+    made = agreement.preprocessor(experiment, 3)
+    module = models.build(experiment.model, made.shape, made.outputs, 0)
+    plan = agreement.plan(experiment, 3, models.layout(module).size)
+    (found,) = [r for r in agreement.releases(experiment, 3, plan) if r.name == name]
+    return found.event.deviation * 3**0.5 / (1 << NOISY.bits)
+
+
+@PLANS
+def test_under_a_plan_statistics_and_figures_have_noise_and_stay_within_epsilon(
+    clinic, tmp_path, plan
+):
+    experiment = clinic().experiment(*plan)
+    done = [bare_run(experiment, tmp_path / str(i)) for i in range(2)]
+    one, two = (fitted(item.directory) for item in done)
+    assert not one.exact
+    assert one.rows != two.rows
+    assert one.numbers[0].centre != two.numbers[0].centre
+    first, second = (evaluations(item.directory)[-1].figures for item in done)
+    assert not first.exact
+    assert first.rows != second.rows
+    rows = sum(len(train) for train, _ in parts(experiment).values())
+    for item in done:
+        summary = item.summary
+        assert summary.private
+        assert set(summary.epsilon) == set(SITES)
+        assert all(0 < spent <= 6.0 for spent in summary.epsilon.values())
+        assert abs(summary.trained_on - rows) <= 6 * units(experiment, "statistics-0")
+        assert not any("Exact" in sentence for sentence in summary.outside_guarantee)
+
+
+@PLANS
+def test_statistics_take_their_share_of_epsilon_from_training(clinic, plan):
+    made = clinic()
+    nothing = ("preprocessing.scale=range", "preprocessing.impute=middle")
+    plans = []
+    for more in ((), (*nothing, "preprocessing.minimum_count=0")):
+        experiment = made.experiment(*plan, *more, "preprocessing.share=0.3")
+        size = preprocessor(experiment).shape[0] * 2 + 2
+        plans.append(agreement.plan(experiment, 3, size))
+    fits, free = plans
+    assert fits.statistics is not None
+    assert free.statistics is None
+    assert fits.spent(0) > free.spent(0) == 0
+    assert fits.spent(0, fits=2) > fits.spent(0)
+    for rounds in (1, 3):
+        without = dataclasses.replace(fits, statistics=None).spent(rounds)
+        assert max(without, fits.spent(0)) <= fits.spent(rounds)
+    # As much is promised, so that training must do with less.
+    assert dataclasses.replace(fits, statistics=None).spent(5) < free.spent(5) <= 6.0
+
+
+def test_every_release_is_charged_once_and_said(clinic, private, tmp_path):
+    experiment = clinic().experiment(
+        *private,
+        "rounds=4",
+        "evaluation.every=2",
+        "preprocessing.clip_quantiles=[0.05, 0.95]",
+    )
+    folder = bare_run(experiment, tmp_path / "run").directory
+    for site in SITES:
+        kept = SiteStore(folder / "sites" / site)
+        assert kept.charged == 4
+        counts = [kept.released(n) for n in ("statistics-0", "statistics-1", "evaluation")]
+        assert counts == [1, 1, 2]
+    rounds = [record.round for record in read_history(folder).rounds]
+    assert rounds == [3, 4, 6, 7]
+    assert [record.round for record in evaluations(folder)] == [5, 8]
+
+
+def numbers(folder: Path) -> Iterator[float]:
+    """Every number in what a run writes for everybody."""
+
+    def within(tree: Any) -> Iterator[float]:
+        if isinstance(tree, dict):
+            tree = list(tree.values())
+        if isinstance(tree, list):
+            for item in tree:
+                yield from within(item)
+        elif isinstance(tree, int | float) and not isinstance(tree, bool):
+            yield tree
+
+    for path in folder.rglob("*.json*"):
+        if "sites" not in path.relative_to(folder).parts:
+            for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path]:
+                yield from within(json.loads(text if isinstance(text, str) else path.read_text()))
+
+
+@PLANS
+def test_people_are_counted_and_nobody_learns_exactly_how_many(clinic, tmp_path, plan):
+    experiment = clinic().experiment(
+        *plan, "privacy.unit=person", "privacy.epsilon=12", "preprocessing.share=0.9"
+    )
+    folder = bare_run(experiment, tmp_path / "run").directory
+    summary = read_history(folder).summary
+    held = parts(experiment)
+    for train, test in held.values():
+        assert not {*train.texts["patient"]} & {*test.texts["patient"]}
+    train, test = (Frame.concatenate(list(each)) for each in zip(*held.values(), strict=True))
+    people = [len({*part.texts["patient"]}) for part in (train, test)]
+    rows = [len(train), len(test)]
+    assert rows[0] - people[0] > 12 * units(experiment, "statistics-0")
+    assert summary.counted == "people"
+    assert summary.adjacency.endswith("one person")
+    assert abs(summary.trained_on - people[0]) <= 6 * units(experiment, "statistics-0")
+    told = {*numbers(folder)}
+    assert summary.trained_on in told
+    assert not told & {*people, *rows, *(sum(people), sum(rows))}
+
+
+def test_what_is_told_exactly_is_said(clinic, private, tmp_path):
+    made = clinic()
+    said = {}
+    for name, more in {
+        "no plan": (),
+        "protected": private,
+        "open": (*private, "evaluation.protected=false"),
+    }.items():
+        done = bare_run(made.experiment("rounds=1", *more), tmp_path / name)
+        said[name] = " ".join(done.summary.outside_guarantee)
+        assert evaluations(done.directory)[-1].figures.exact == (name != "protected")
+        rows = sum(len(test) for _, test in parts(made.experiment()).values())
+        assert (evaluations(done.directory)[-1].figures.rows == rows) == (name != "protected")
+    assert "Exact statistics over all sites' training records were revealed" in said["no plan"]
+    assert "how many records there are, how many values are missing, means" in said["no plan"]
+    assert "Exact counts over all sites' test records were revealed" in said["no plan"]
+    assert "Exact" not in said["protected"]
+    assert "Exact statistics" not in said["open"]
+    assert "Exact counts over all sites' test records" in said["open"]
+    assert "not protected by the plan" in said["open"]
