@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from protocols.catalogue import PROTOCOLS
-from securefl import agreement, config, data, evaluation, models, store
+from securefl import agreement, config, data, evaluation, models, simulation, store
 from securefl.cli import app
-from securefl.config import Experiment
+from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, Table
 from securefl.data.sources import load_frame, load_frames
 from securefl.prediction import Model
@@ -427,3 +427,14 @@ def test_what_is_told_exactly_is_said(clinic, private, tmp_path):
     assert "Exact statistics" not in said["open"]
     assert "Exact counts over all sites' test records" in said["open"]
     assert "not protected by the plan" in said["open"]
+
+
+@PLANS
+def test_statistics_may_take_most_of_epsilon_but_never_all(clinic, plan):
+    """Whatever the share, there is a plan that keeps its promise, or one line that says why not."""
+    said = (*plan, "privacy.epsilon=12")
+    experiment = clinic().experiment(*said, "preprocessing.share=0.9")
+    assert simulation.assemble(experiment).plan.spent(experiment.rounds + 2) <= 12
+    with pytest.raises(ConfigurationError, match=r"lower preprocessing\.share") as caught:
+        simulation.assemble(clinic().experiment(*said, "rounds=500", "preprocessing.share=0.999"))
+    assert len(str(caught.value).splitlines()) == 1
