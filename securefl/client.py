@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from securefl.replicas import PHASES as REPLICA_PHASES
 from securefl.replicas import Replica, Replicas, Standing
 from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import SiteStore
+
+FARTHEST: Final = 1e7
+"""How far from 0 a feature may be; from sums it is at most 2e6 (`LEAST_DEVIATION` of a range)."""
 
 
 @dataclass(slots=True)
@@ -252,6 +255,8 @@ class Client:
             raise RefusedError("preprocessing is fitted without a model, and the server shows one")
         if (task != TRAIN or self._preprocessor is not None) and not task.fitted:
             raise RefusedError(f'a round to "{task.kind}" needs what preprocessing was fitted to')
+        if self._preprocessor is not None:
+            _check_reach(Fitted.from_bytes(task.fitted))
         if self._replicas is not None:
             base = Standing.from_bytes(request.model)
             model = self._replicas.get(base).state
@@ -408,6 +413,20 @@ class Client:
             except BudgetSpentError as error:
                 raise BudgetSpentError(f"{self.name}: {error}") from None
         self._store.charge(round_number, release)
+
+
+def _check_reach(fitted: Fitted) -> None:
+    """RefusedError where fitted values map a number of any permitted size far beyond any use.
+
+    From public values alone: an overflow that is met in a record, and refused, would tell of it.
+    """
+    for number in fitted.numbers:
+        farthest = max(number.centre - number.low, number.high - number.centre)
+        if not farthest / number.spread <= FARTHEST:
+            raise RefusedError(
+                f"the fitted values do not fit the schema: {number.name!r} would be mapped to more "
+                f"than {FARTHEST:g}"
+            )
 
 
 def check_records(name: str, table: Records, experiment: Experiment) -> None:

@@ -214,8 +214,11 @@ def noise_multiplier(
     def events(noise: float) -> tuple[Repeated, ...]:
         return (Repeated(PoissonGaussian(noise, rate, distance), steps), *beside)
 
-    # Renyi's bound is the cheaper one to evaluate, and never far above.
-    start = least(lambda noise: _by_renyi(events(noise))(delta), target, 0.05, 1.0)
+    # Renyi's bound is the cheaper one to evaluate, and never far above; but what is beside may take
+    # all of the target by it alone.
+    start = 1.0
+    if not beside or _by_renyi(events(float(1 << 20)))(delta) <= target:
+        start = least(lambda noise: _by_renyi(events(noise))(delta), target, 0.05, 1.0)
     return least(lambda noise: epsilon(events(noise), delta), target, 0.05, start)
 
 

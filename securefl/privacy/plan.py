@@ -200,10 +200,10 @@ class RecordLocal(_Promise):
         outweigh the clipped gradients of a whole expected batch pulling together.
         """
         steps = (rounds + privacy.spare_rounds) * steps_per_round
-        _check_reachable(privacy, steps)
+        beside = _fitted(statistics, 1)
+        _check_reachable(privacy, steps, privacy.delta, beside)
         counted = clipping.counted(privacy)
         distance = integers.hardening_distance(_FINE_NOISE / 2, dimension + counted)
-        beside = _fitted(statistics, 1)
         noise = accounting.noise_multiplier(
             privacy.epsilon, privacy.delta, privacy.rate, steps, distance, beside
         )
@@ -351,10 +351,11 @@ class RecordDistributed(_Distributed):
         outweigh the clipped gradients of a whole expected batch pulling together.
         """
         total = rounds + privacy.spare_rounds
-        _check_reachable(privacy, total)
         beside = _fitted(statistics, 1)
+        delta = 0.97 * privacy.delta
+        _check_reachable(privacy, total, delta, beside)
         multiplier = accounting.noise_multiplier(
-            privacy.epsilon, 0.97 * privacy.delta, privacy.rate, total, beside=beside
+            privacy.epsilon, delta, privacy.rate, total, beside=beside
         )
         beta = privacy.delta / (100 * total)
         shares = cohort.shares(Observer.OTHERS)
@@ -564,9 +565,18 @@ def _positive(**values: float) -> None:
             raise ValueError(f"{name} = {value}: use a number above 0")
 
 
-def _check_reachable(privacy: config.Privacy, steps: int) -> None:
+def _check_reachable(
+    privacy: config.Privacy, steps: int, delta: float, beside: tuple[accounting.Repeated, ...]
+) -> None:
     least = accounting.PoissonGaussian(float(privacy.expected_batch), privacy.rate)
-    reachable = accounting.epsilon([accounting.Repeated(least, steps)], privacy.delta)
+    reachable = accounting.epsilon([accounting.Repeated(least, steps), *beside], delta)
+    if reachable > privacy.epsilon and beside:
+        raise ConfigurationError(
+            f"privacy.epsilon = {privacy.epsilon:g} leaves too little to train: beside statistics, "
+            f"{steps} steps at rate {privacy.rate:g} would need noise above the whole batch of "
+            f"{privacy.expected_batch}: lower preprocessing.share, raise epsilon, or use fewer "
+            "rounds, a lower rate or a larger expected_batch"
+        )
     if reachable > privacy.epsilon:
         raise ConfigurationError(
             f"privacy.epsilon = {privacy.epsilon:g} is too small to train at all: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -181,3 +182,123 @@ class Bench:
 def bench(tmp_path: Path) -> Callable[..., Bench]:
     """`bench(experiment)`: its clients on a bench, their stores under tmp_path/sites."""
     return lambda experiment, *more: Bench(experiment, tmp_path / "sites", *more)
+
+
+PLACES = {"east": 60, "north": 90, "south": 45}
+CLINIC = """
+version = 1
+name = "clinic"
+label = "outcome"
+person = "patient"
+missing = ["?"]
+[columns.patient]
+type = "text"
+[columns.part]
+type = "text"
+optional = true
+[columns.age]
+type = "number"
+range = [0, 100]
+unit = "years"
+[columns.bmi]
+type = "number"
+range = [10, 60]
+missing = ["-9"]
+[columns.marker]
+type = "number"
+range = [-5, 5]
+optional = true
+[columns.smoker]
+type = "category"
+categories = { never = ["0"], former = ["1"], yes = ["2", "3"] }
+[columns.outcome]
+type = "category"
+categories = { no = ["0"], yes = ["1"] }
+"""
+ON_FILES = """
+name = "clinic"
+rounds = 3
+[data]
+source = "table"
+path = "{path}"
+schema = "{schema}"
+test_fraction = 0.3
+[sites]
+partition = "file"
+[model]
+name = "logistic"
+[training]
+learning_rate = 0.5
+[protocol]
+name = "plain"
+"""
+
+Row = dict[str, str]
+Rows = list[Row]
+
+
+def drawn_rows() -> dict[str, Rows]:
+    """Every site's rows: one to three a patient, with gaps; only north knows the marker."""
+    rng = np.random.default_rng(0)
+    found: dict[str, Rows] = {}
+    for site, count in PLACES.items():
+        rows: Rows = []
+        while len(rows) < count:
+            patient, ill = f"{site}-{len(rows)}", int(rng.integers(2))
+            for _ in range(min(int(rng.integers(1, 4)), count - len(rows))):
+                row = {
+                    "ward": "A",  # of which the schema knows nothing
+                    "patient": patient,
+                    "part": "test" if len(patient) % 2 else "train",
+                    "age": f"{np.clip(rng.normal(50 + 15 * ill, 10), 0, 100):.1f}",
+                    "bmi": f"{np.clip(rng.normal(25 + 4 * ill, 3), 10, 60):.2f}",
+                    "smoker": str(rng.integers(4)),
+                    "outcome": str(ill),
+                }
+                if site == "north":
+                    row["marker"] = f"{np.clip(rng.normal(ill, 1), -5, 5):.3f}"
+                gaps = {"age": "?", "bmi": "-9", "smoker": ""}
+                row |= {name: code for name, code in gaps.items() if rng.random() < 0.1}
+                rows.append(row)
+        found[site] = rows
+    return found
+
+
+class Clinic:
+    """The files of three sites in a folder, and experiments on them."""
+
+    def __init__(self, folder: Path, rows: Mapping[str, Rows], schema: str) -> None:
+        self.folder, self.rows = folder, rows
+        folder.mkdir(parents=True)
+        self.schema = folder / "clinic.schema.toml"
+        self.schema.write_text(schema)
+        for site, held in rows.items():
+            with self.file(site).open("w", newline="") as target:
+                writer = csv.DictWriter(target, list(held[0]))
+                writer.writeheader()
+                writer.writerows(held)
+
+    def file(self, site: str) -> Path:
+        return self.folder / f"{site}.csv"
+
+    def experiment(self, *overrides: str) -> Experiment:
+        text = ON_FILES.format(path=self.folder / "*.csv", schema=self.schema)
+        return config.parse(text, overrides, origin="clinic")
+
+
+@pytest.fixture
+def drawn() -> dict[str, Rows]:
+    """The rows of three sites' files, for a test to change."""
+    return drawn_rows()
+
+
+@pytest.fixture
+def clinic(tmp_path: Path) -> Callable[..., Clinic]:
+    """`clinic(rows, (old, new))`: files with those rows, and a change of their schema."""
+    count = iter(range(100))
+
+    def made(rows: Mapping[str, Rows] | None = None, changes: tuple[str, str] = ("", "")) -> Clinic:
+        schema = CLINIC.replace(*changes)
+        return Clinic(tmp_path / f"clinic-{next(count)}", rows or drawn_rows(), schema)
+
+    return made
