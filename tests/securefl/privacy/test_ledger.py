@@ -50,6 +50,7 @@ from securefl.privacy.ledger import (
     Opened,
     OverlapError,
     Registered,
+    Release,
 )
 from securefl.store import CorruptStoreError
 
@@ -940,6 +941,113 @@ def test_a_key_that_is_not_the_ledgers_is_refused(folder: Path, harm: str):
     with Ledger(ledger._path) as again, pytest.raises(CorruptStoreError, match=r"ledger\.key is"):
         again.observe("fresh", PEOPLE)
     assert key.exists() == (harm != "lost")
+
+
+# --- releases besides training -------------------------------------------------------------------
+
+COUNTS = PoissonDiscreteGaussianSum(30_000.0, 1, 5_000.0, 60, 1.0)
+TESTED = PoissonDiscreteGaussianSum(20_000.0, 1, 5_000.0, 40, 1.0)
+RELEASES = (
+    Release("statistics-0", COUNTS, 1, 1, held_out=False),
+    Release("evaluation", TESTED, 3, 1, held_out=True),
+)
+
+
+def releasing(ledger: Ledger, run: str = "run-1", releases=RELEASES) -> Account:
+    return ledger.open(
+        "cohort",
+        run,
+        experiment="an experiment",
+        promise=hashlib.sha256(run.encode()).digest(),
+        unit="record",
+        per_round=Repeated(BROAD, 1),
+        rounds=1000,
+        epsilon=2.0,
+        releases=releases,
+    )
+
+
+def spent(folder: Path, *charged: tuple[str, int], runs: int = 1) -> float:
+    """Epsilon after so many charges of each release, in each of some runs."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        ledger = registered(Path(place), 50.0)
+        for run in range(runs):
+            account = releasing(ledger, f"run-{run}")
+            for release, times in charged:
+                for _ in range(times):
+                    account.charge(account.last_round + 1, release)
+        found = ledger.epsilon("cohort")
+        ledger.close()
+    return found
+
+
+def test_what_reads_held_out_records_costs_the_larger_part_and_not_the_sum(folder: Path):
+    training = spent(folder, ("", 9))
+    tested = spent(folder, ("evaluation", 4))
+    fitted = spent(folder, ("statistics-0", 1))
+    assert min(training, tested, fitted) > 0
+    # But for roundings, whose share of delta is the larger one's too.
+    assert training <= spent(folder, ("", 9), ("evaluation", 1)) < 1.01 * training
+    assert tested <= spent(folder, ("", 1), ("evaluation", 4)) < 1.01 * tested
+    both = spent(folder, ("", 9), ("evaluation", 4))
+    assert max(training, tested) <= both < training + tested
+    # Statistics read what is trained on: they add up.
+    assert max(training, fitted) < spent(folder, ("", 9), ("statistics-0", 1))
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(0, 6), st.integers(0, 2), st.integers(0, 4), st.integers(1, 3), st.integers(0, 2)
+)
+def test_a_run_never_costs_less_than_any_part_of_it_nor_do_two_than_one(
+    training: int, fits: int, tests: int, runs: int, more: int
+):
+    memory = Path("/dev/shm")  # noqa: S108
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made:
+        folder = Path(made)
+        parts = (("", training), ("statistics-0", fits), ("evaluation", tests))
+        whole = spent(folder, *parts, runs=runs)
+        for part in parts:
+            assert spent(folder, part, runs=runs) <= whole
+        assert whole <= spent(folder, *parts, runs=runs + 1)
+        assert whole <= spent(folder, ("", training + more), *parts[1:], runs=runs)
+
+
+def test_a_release_is_charged_as_often_as_it_was_opened_for_and_no_other_is(folder: Path):
+    ledger = registered(folder, 50.0)
+    account = releasing(ledger)
+    for number in (1, 2):
+        account.charge(number, "statistics-0")
+    with pytest.raises(BudgetSpentError, match="2 releases of its statistics-0"):
+        account.charge(3, "statistics-0")
+    with pytest.raises(ValueError, match="was not opened for 'statistics-1'"):
+        account.charge(3, "statistics-1")
+    with pytest.raises(ValueError, match="does not follow"):
+        account.charge(2, "evaluation")
+    account.charge(3, "evaluation")
+    with Ledger(ledger._path) as again:  # it is all in the file
+        told = [(e.round, e.release) for e in again.entries if isinstance(e, Charged)]
+        assert told == [(1, "statistics-0"), (2, "statistics-0"), (3, "evaluation")]
+        assert again.epsilon("cohort") == ledger.epsilon("cohort")
+        assert again.charged("run-1") == 0
+        releasing(again)
+        with pytest.raises(ConfigurationError, match="under another experiment or plan"):
+            releasing(again, releases=RELEASES[:1])
+
+
+def test_releases_count_in_what_is_left_for_rounds(folder: Path):
+    ledger = registered(folder, 2.0)
+    account = releasing(ledger)
+    before = account.rounds_left()
+    account.charge(1, "evaluation")  # the others' records pay for it
+    assert account.rounds_left() == before
+    account.charge(2, "statistics-0")
+    assert account.rounds_left() < before
+    while account.rounds_left():
+        account.charge(account.last_round + 1)
+    assert ledger.epsilon("cohort") <= 2.0
+    with pytest.raises(BudgetSpentError):
+        account.charge(account.last_round + 1)
 
 
 # --- files ---------------------------------------------------------------------------------------
