@@ -475,6 +475,8 @@ def _summary_table(summary: Summary) -> Table:
         (words.metric_name(key), words.figure(summary, key))
         for key in words.in_order(summary.metric)
     ]
+    if (told := words.hidden(summary)) is not None:
+        rows.append(told)
     if summary.trained_on is not None:
         about = "about " if summary.private else ""
         rows.append(("trained on", f"{about}{summary.trained_on:,.0f} {summary.counted}"))

@@ -149,6 +149,8 @@ def _figures(history: History, summary: Summary) -> Sequence[tuple[str, str]]:
         (words.sentence_case(words.metric_name(key)), words.number(summary.metric[key]))
         for key in (keys[:_KEY_FIGURES] if history.evaluations else keys)
     ]
+    if (told := words.hidden(summary)) is not None:
+        merit.append((words.sentence_case(told[0]), told[1]))
     return [
         *merit,
         ("Sites", words.number(len(summary.sites))),

@@ -372,6 +372,16 @@ def ranges(numbers: Collection[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
 
 
+def hidden(summary: Summary) -> tuple[str, str] | None:
+    """The AUC of two classes that the noise on few test rows hid, in words; None where it is told.
+
+    A figure that noise leaves nothing of is absent rather than a guess.
+    """
+    if "test_sensitivity" not in summary.metric or "test_auc" in summary.metric:
+        return None
+    return metric_name("test_auc"), "hidden by the noise on so few test rows"
+
+
 def figure(summary: Summary, key: str) -> str:
     """A figure of merit, with its 95 % interval where it has one."""
     told = number(summary.metric[key])
