@@ -89,9 +89,10 @@ class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Fitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What preprocessing is fitted to, in which rounds, and what they moved."""
+    """What preprocessing is fitted to, for which experiment, in which rounds, what they moved."""
 
     values: Fitted
+    agreed: str
     rounds: tuple[int, ...] = ()
     bytes_up: int = 0
     seconds: float = 0.0
@@ -104,7 +105,7 @@ class _Fitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """With one more stage."""
         moved = self.bytes_up + sum(summed.traffic.bytes_up.values())
         spent = self.seconds + round(sum(summed.traffic.seconds.values()), 3)
-        return _Fitted(values, (*self.rounds, summed.number), moved, spent)
+        return _Fitted(values, self.agreed, (*self.rounds, summed.number), moved, spent)
 
 
 _Done = TypeVar("_Done")
@@ -230,7 +231,9 @@ class _Job:
         self.preprocessor = agreement.preprocessor(experiment, count)
         self.tally = agreement.tally(experiment, count)
         self.releases = {r.name: r for r in agreement.releases(experiment, count, self.plan)}
-        self.fitted = _Fitted(self.preprocessor.start()) if self.preprocessor else None
+        self.fitted: _Fitted | None = None
+        if self.preprocessor is not None:
+            self.fitted = _Fitted(self.preprocessor.start(), experiment.digest().hex())
         self.remarks: list[str] = []
         self.device = resolve_device(experiment.device)
         strangers = sorted(set(replaced) - set(self.consortium.sites))
@@ -279,6 +282,7 @@ class _Job:
         if self.preprocessor is None or self.fitted is None:
             return
         self.fitted = store.read(folder / PREPROCESSING, _Fitted) or self.fitted
+        self._check_agreed(folder, self.fitted.agreed)
         for stage in range(self.fitted.stages, self.preprocessor.stages):
             before = self.fitted.values
             task = Task("fit", stage, before.to_bytes())
@@ -421,11 +425,7 @@ class _Job:
 
     def _check_continues(self, folder: Path, saved: _Saved) -> None:
         """Refuse to go on where the outputs would claim what was not so in the rounds before."""
-        if saved.agreed != self.experiment.digest().hex():
-            raise ConfigurationError(
-                f"{folder / EXPERIMENT} was changed after the run began: put it back as it was, or "
-                "start a new run"
-            )
+        self._check_agreed(folder, saved.agreed)
         for site, charged in saved.charged.items():
             if SiteStore(folder / "sites" / site).charged < charged:
                 raise store.CorruptStoreError(
@@ -433,6 +433,14 @@ class _Job:
                     "says so: restore it from a copy"
                 )
         self.tampered = tuple(sorted({*self.tampered, *saved.replaced}))
+
+    def _check_agreed(self, folder: Path, agreed: str) -> None:
+        """ConfigurationError unless `agreed` is the digest of this experiment."""
+        if agreed != self.experiment.digest().hex():
+            raise ConfigurationError(
+                f"{folder / EXPERIMENT} was changed after the run began: put it back as it was, or "
+                "start a new run"
+            )
 
     @contextlib.contextmanager
     def _engine(self, folder: Path, session: bytes) -> Iterator[tuple[Roster, Exchange]]:
@@ -808,7 +816,11 @@ class _Job:
 
 def _evaluations(folder: Path) -> list[EvaluationRecord]:
     """Every evaluation at the sites so far, oldest first."""
-    return [EvaluationRecord.from_json(line) for line in store.whole_lines(folder / EVALUATIONS)]
+    path = folder / EVALUATIONS
+    return [
+        EvaluationRecord.from_json(line, f"{path} line {number}")
+        for number, line in enumerate(store.whole_lines(path), start=1)
+    ]
 
 
 def _read_checkpoint(path: Path) -> tuple[Known, _Saved]:

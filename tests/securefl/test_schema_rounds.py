@@ -18,7 +18,7 @@ from protocols.messages import Begin
 from protocols.rounds import make_identities
 from securefl import agreement, data, models, simulation, store
 from securefl.algorithms import server_rule
-from securefl.config import Experiment
+from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame
 from securefl.data.sources import load_frames
 from securefl.engines import Exchange, inprocess
@@ -28,7 +28,7 @@ from securefl.records import EvaluationRecord, read_history
 from securefl.runs import RunFailedError, resume, run
 from securefl.server import BudgetsSpentError, Server
 from securefl.state import GlobalState, first_state
-from securefl.store import SiteStore
+from securefl.store import CorruptStoreError, SiteStore
 
 SESSION = b"session of tests"
 SITES = ("east", "north", "south")
@@ -139,6 +139,35 @@ def test_a_run_that_is_cut_in_any_phase_goes_on_and_charges_every_attempt(
     assert numbers == sorted(set(numbers))
     assert {*numbers, *done.summary.aborted_rounds} == set(range(1, last.round + 1))
     assert done.summary.aborted_rounds == ({"fit": 1, "train": 2, "evaluate": 4}[kind],)
+
+
+def test_what_was_fitted_for_another_experiment_is_not_trained_on(clinic, tmp_path):
+    """Before the first update only the fitted values tell that experiment.toml was changed."""
+    folder = tmp_path / "run"
+    with pytest.raises(Cut):
+        run(clinic().experiment(), folder, exchange=cut_at("train", "upload", after=False))
+    path = folder / "experiment.toml"
+    text = path.read_text()
+    path.write_text(text.replace('scale = "standardise"', 'scale = "range"'))
+    with pytest.raises(ConfigurationError, match="was changed after the run began"):
+        resume(folder)
+    path.write_text(text)
+    assert resume(folder).summary.rounds == 3
+
+
+@pytest.mark.parametrize("name", ["preprocessing.json", "evaluations.jsonl"])
+def test_a_file_of_fitted_values_or_figures_that_is_damaged_is_one_line(clinic, tmp_path, name):
+    folder = tmp_path / "run"
+    experiment = clinic().experiment("evaluation.every=1")
+    with pytest.raises(Cut):
+        run(experiment, folder, exchange=cut_at("evaluate", "upload", after=False))
+    path = folder / name
+    whole = path.read_text() if path.exists() else ""
+    path.write_text(whole[:-20] or '{"update": 1}\n')
+    with pytest.raises((CorruptStoreError, ConfigurationError), match="damaged") as caught:
+        resume(folder)
+    assert len(str(caught.value).splitlines()) == 1
+    assert name in str(caught.value)
 
 
 # --- sites that fall out -------------------------------------------------------------------------

@@ -231,6 +231,59 @@ def test_a_site_all_of_whose_rows_are_for_tests_takes_part(clinic, drawn, tmp_pa
     assert last.figures.rows == sum(len(test) for _, test in parts(experiment).values())
 
 
+def test_a_site_without_training_rows_adds_its_share_of_noise_and_nothing_else(
+    clinic, drawn, tmp_path
+):
+    for row in drawn["south"]:
+        row["part"] = "test"
+    experiment = clinic(drawn, BY_COLUMN).experiment(*DISTRIBUTED)
+    done = bare_run(experiment, tmp_path / "run")
+    assert done.summary.private
+    for record in read_history(done.directory).rounds:
+        assert record.survivors == SITES
+
+
+def test_where_the_schema_says_enough_nothing_is_fitted_and_nothing_counted(
+    clinic, private, tmp_path
+):
+    experiment = clinic().experiment(
+        *private,
+        "preprocessing.scale=range",
+        "preprocessing.impute=middle",
+        "preprocessing.minimum_count=0",
+    )
+    done = bare_run(experiment, tmp_path / "run")
+    assert done.summary.trained_on is None
+    for site in SITES:
+        assert SiteStore(done.directory / "sites" / site).released("statistics-0") == 0
+    about = json.loads((done.directory / "model.json").read_text())
+    assert msgspec.convert(about["fitted"], Fitted) == preprocessor(experiment).start()
+
+
+def test_a_number_is_learned_and_predicted_in_its_own_unit(clinic, tmp_path):
+    """Rows without a label teach nothing, and are predicted all the same."""
+    made = clinic(changes=('label = "outcome"', 'label = "bmi"'))
+    experiment = made.experiment("rounds=6", "model.name=linear", "training.learning_rate=0.1")
+    folder = bare_run(experiment, tmp_path / "run").directory
+    assert fitted(folder).to_bytes() == pooled(experiment).to_bytes()
+    test = Frame.concatenate([test for _, test in parts(experiment).values()])
+    outputs, table = outputs_on(experiment, folder, test)
+    (last,) = evaluations(folder)
+    assert last.figures.rows == len(table)
+    error = (outputs[:, 0] - table.target) * (60 - 10) / 2
+    told = last.figures.values
+    assert told["test_mae"] == pytest.approx(np.abs(error).mean(), rel=1e-4)
+    assert told["test_rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-4)
+    (part,) = Model.load(folder).predict(made.file("east"))
+    assert part.known.all()
+    frame = load_frame(made.file("east"), experiment.data.agreed, "east")
+    outputs, _ = outputs_on(experiment, folder, frame)
+    expected = (outputs + 1) / 2 * (60 - 10) + 10
+    labelled = [row["bmi"] != "-9" for row in made.rows["east"]]
+    assert not all(labelled)
+    np.testing.assert_allclose(part.values[labelled], expected, rtol=1e-6)
+
+
 # --- test rows and training rows -----------------------------------------------------------------
 
 
