@@ -189,7 +189,7 @@ def _test(history: History) -> _Test | None:
     figures = last.figures
     rows = f"{'' if figures.exact else 'about '}{round(figures.rows):,}"
     people = history.experiment.privacy is not None and history.experiment.privacy.unit == "person"
-    whose = "people" if people and not figures.exact else "test rows"
+    whose = "people" if people else "test rows"
     source = (
         f"From sums over {words.counted(len(last.sites), 'site')}, of {rows} {whose} after round "
         f"{last.round}; no test row left its site. "
