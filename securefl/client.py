@@ -251,8 +251,8 @@ class Client:
             raise RefusedError(f"round {request.round} was entered before: take a new number")
         self._keep(request.heads)
         task, base, model = request.task, None, None
-        if (task.kind == "fit") != (not request.model):
-            raise RefusedError(f'a round to "{task.kind}" has no use for what it shows of a model')
+        if task.kind == "fit" and request.model:
+            raise RefusedError("preprocessing is fitted without a model, and the server shows one")
         if (task != TRAIN or self._preprocessor is not None) and not task.fitted:
             raise RefusedError(f'a round to "{task.kind}" needs what preprocessing was fitted to')
         if self._preprocessor is not None:
