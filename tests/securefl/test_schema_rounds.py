@@ -355,7 +355,7 @@ def test_a_model_has_no_place_in_a_round_that_fits_and_one_that_trains_needs_it(
     made = ward()
     whole = Request.from_bytes(made.first(1, made.fit, None))
     shown = msgspec.structs.replace(whole, model=made.model.to_message())
-    assert 'a round to "fit" has no use' in made.refusal(shown.to_bytes()).reason
+    assert "fitted without a model" in made.refusal(shown.to_bytes()).reason
     fitted = made.fitted()
     for task in (Task(fitted=fitted), Task("evaluate", fitted=fitted)):
         bare = msgspec.structs.replace(
