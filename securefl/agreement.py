@@ -38,6 +38,10 @@ from securefl.tallies import EXACT_BITS, NOISY_BITS, Tally, usual_bins
 OVERFLOW: Final = 2.0**-40
 """The most probability of noise that wraps one coordinate of one sum."""
 
+FLOAT_BITS: Final = 51
+"""An integer of so many bits is still exact after a division and a multiplication in float64, which
+opened sums pass through as the mean over the sites."""
+
 
 @lru_cache(maxsize=64)
 def _calibrated(
@@ -107,7 +111,8 @@ def preprocessor(experiment: Experiment, sites: int) -> Preprocessor | None:
 
 
 def _precision(experiment: Experiment, sites: int) -> Precision:
-    exact = Precision.exact(PROTOCOLS[experiment.protocol.name].slot_bits(sites))
+    slot_bits = min(PROTOCOLS[experiment.protocol.name].slot_bits(sites), FLOAT_BITS)
+    exact = Precision.exact(slot_bits)
     return exact if experiment.privacy is None else NOISY
 
 

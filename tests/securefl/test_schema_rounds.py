@@ -98,6 +98,27 @@ def released(folder: Path, site: str) -> tuple[int, int, int]:
     return kept.released("statistics-0"), kept.charged, kept.released("evaluation")
 
 
+# --- exact sums ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", list(PROTOCOLS))
+@pytest.mark.parametrize("sites", [3, 129, 1000])
+def test_an_exact_sum_loses_nothing_however_many_sites_there_are(clinic, protocol, sites):
+    """Not in the digits' sums either, which pass through floating-point numbers."""
+    experiment = clinic().experiment(f"protocol.name={protocol}")
+    precision = agreement._precision(experiment, sites)
+    half = 1 << (precision.bits - 1)  # digits are from -half to half - 1
+    digits = np.random.default_rng(sites).integers(-half, half, 2000)
+    total = np.concatenate([digits[:1000] * sites, digits[1000:] * (sites - 1) + 1])
+    encoding = agreement.sum_encoding(experiment, sites)
+    slots = np.concatenate(list(encoding.encode(total)))
+    slots[0] = sites
+    names = tuple(f"site-{i}" for i in range(sites))
+    aggregate = encoding.decode(slots, len(total), names)
+    opened = np.rint(aggregate.mean * sites).astype(np.int64)  # as `Server.sum`
+    np.testing.assert_array_equal(opened, total)
+
+
 # --- a crash -------------------------------------------------------------------------------------
 
 

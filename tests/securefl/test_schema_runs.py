@@ -307,7 +307,7 @@ def test_nothing_that_test_rows_hold_reaches_the_model(clinic, drawn, tmp_path, 
 # --- figures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["plain", "masked-bfv"])
+@pytest.mark.parametrize("protocol", list(PROTOCOLS))
 def test_the_consortiums_figures_are_those_of_all_test_rows_in_one_place(
     clinic, tmp_path, protocol
 ):

@@ -14,11 +14,12 @@ from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Charged, Ledger
 from securefl.privacy.training import Trainer
 from securefl.records import read_history
-from securefl.runs import RunFailedError, run
+from securefl.runs import RunFailedError, resume, run
 from securefl.site import LEDGER, make_key
 from securefl.store import SiteStore
 
 SITES = ("east", "north", "south")
+KINDS = ("fit", "train", "evaluate")
 POLICY = 'consent = "standing"\nunknown_sites = true\nminimum_noise = 0.0\n'
 
 
@@ -90,6 +91,36 @@ def test_the_ledger_has_every_release_and_stays_within_the_budget(own, trial, tm
             kept = SiteStore(done.directory / "sites" / site)
             (only,) = ledger.standing("rows").runs
             assert only.charged == kept.charged == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "twice"), [(1, "statistics-0"), (2, ""), (5, "evaluation")], ids=KINDS
+)
+def test_a_run_that_is_cut_goes_on_under_its_name_and_its_ledgers_know(
+    own, trial, tmp_path, number, twice
+):
+    class Cut(BaseException):
+        pass
+
+    class Cutting:
+        def started(self, rounds, done): ...
+        def finished(self, record): ...
+        def phase(self, round_number, phase):
+            if (round_number, phase) == (number, "unmask"):
+                raise Cut
+
+    with pytest.raises(Cut):
+        run(trial(), tmp_path / "run", sites=own.folder, progress=Cutting())
+    done = resume(tmp_path / "run")
+    assert done.summary.aborted_rounds == (number,)
+    expected = ["statistics-0", "", "", "", "evaluation"]
+    expected.insert(expected.index(twice), twice)
+    for site in SITES:
+        with own.ledger(site) as ledger:
+            charged = [e for e in ledger.entries if isinstance(e, Charged)]
+            assert [entry.release for entry in charged] == expected
+            assert [entry.round for entry in charged] == [1, 2, 3, 4, 5, 6]
+            assert len(ledger.standing("rows").runs) == 1
 
 
 def test_a_budget_that_is_too_small_for_a_run_is_refused_before_a_file_is_opened(
