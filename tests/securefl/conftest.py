@@ -282,8 +282,9 @@ class Clinic:
         return self.folder / f"{site}.csv"
 
     def experiment(self, *overrides: str) -> Experiment:
-        text = ON_FILES.format(path=self.folder / "*.csv", schema=self.schema)
-        return config.parse(text, overrides, origin="clinic")
+        written = self.folder / "clinic.toml"
+        written.write_text(ON_FILES.format(path=self.folder / "*.csv", schema=self.schema))
+        return config.load(written, overrides)
 
 
 @pytest.fixture
