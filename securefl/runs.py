@@ -409,6 +409,7 @@ class _Job:
             return self.start, []
         state, saved = _read_checkpoint(checkpoints[-1])
         self._check_continues(folder, saved)
+        self._check_fitted(folder, saved)
         # The checkpoint is what counts: lines after it are dropped, its own is added if missing.
         records = [
             record
@@ -425,18 +426,21 @@ class _Job:
         store.write(folder / METRICS, lines.encode())
         return state, records
 
+    def _check_fitted(self, folder: Path, saved: _Saved) -> None:
+        """Refuse to train on with other features than before."""
+        fitted = store.read(folder / PREPROCESSING, _Fitted) or self.fitted
+        if saved.fitted and fitted is not None and fitted.digest() != saved.fitted:
+            raise store.CorruptStoreError(
+                f"{folder / PREPROCESSING} is not what the rounds so far were trained with: "
+                "restore it from a copy, or start a new run"
+            )
+
     def _check_continues(self, folder: Path, saved: _Saved) -> None:
         """Refuse to go on where the outputs would claim what was not so in the rounds before."""
         if saved.agreed != self.experiment.digest().hex():
             raise ConfigurationError(
                 f"{folder / EXPERIMENT} was changed after the run began: put it back as it was, or "
                 "start a new run"
-            )
-        fitted = store.read(folder / PREPROCESSING, _Fitted) or self.fitted
-        if saved.fitted and fitted is not None and fitted.digest() != saved.fitted:
-            raise store.CorruptStoreError(
-                f"{folder / PREPROCESSING} is not what the rounds so far were trained with: "
-                "restore it from a copy, or start a new run"
             )
         for site, charged in saved.charged.items():
             if SiteStore(folder / "sites" / site).charged < charged:
