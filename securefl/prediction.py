@@ -96,9 +96,9 @@ class Model:
             about = msgspec.json.decode(path.read_bytes(), type=About)
             tensors = load_tensors((directory / WEIGHTS).read_bytes())
             settings = config.Model.model_validate(about.model)
+            preprocessor = _preprocessor(about)
             module = models.build(settings, about.shape, about.outputs, 0)
             module.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in tensors.items()})
-            preprocessor = _preprocessor(about)
         except FileNotFoundError as error:
             raise ConfigurationError(
                 f"{directory} holds no model (no {Path(error.filename).name}): give the directory "
@@ -188,7 +188,14 @@ def _preprocessor(about: About) -> Preprocessor:
     if about.schema is not None and about.preprocessing is not None:
         told = {"source": "table", "schema": about.schema, "drop": about.drop}
         settings = config.Preprocessing.model_validate(about.preprocessing)
-        return Preprocessor(config.Data.model_validate(told), settings, NOISY)
+        made = Preprocessor(config.Data.model_validate(told), settings, NOISY)
+        of_schema = (made.shape, made.outputs, made.schema.task, made.inputs, made.schema.classes)
+        if of_schema != (about.shape, about.outputs, about.task, about.features, about.classes):
+            raise ValueError("the model is not of the schema")
+        if about.fitted is None:
+            raise ValueError("it does not say what preprocessing was fitted to")
+        dict(made.described(about.fitted))  # or what was fitted is of other columns
+        return made
     features = {
         name: {"type": "number", "range": _range(about, name), "outside": "clip"}
         for name in about.features

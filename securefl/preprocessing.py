@@ -415,6 +415,8 @@ class Preprocessor:
         """
         self._check_frame(frame)
         self._check(before, stage)
+        if stage == 0 and before != self.start():
+            raise ValueError("the first sum is of declared ranges, and others are given")
         part, exact = self._sums[stage], self._precision.is_exact
         if exact and share is not None:
             raise ValueError("shares of people go with noise: exact sums count rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -84,6 +85,8 @@ class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agreed: str
     charged: dict[str, int]
     replaced: tuple[str, ...]
+    fitted: str = ""
+    """SHA-256 of what preprocessing was fitted to, hexadecimal."""
     standing: Standing | None = None
     """What is known of the model where the sites hold it, and no checkpoint does."""
 
@@ -100,6 +103,10 @@ class _Fitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def stages(self) -> int:
         return len(self.rounds)
+
+    def digest(self) -> str:
+        """SHA-256 of the values, hexadecimal."""
+        return hashlib.sha256(self.values.to_bytes()).hexdigest()
 
     def after(self, values: Fitted, summed: Summed) -> _Fitted:
         """With one more stage."""
@@ -407,6 +414,7 @@ class _Job:
             return self.start, []
         state, saved = _read_checkpoint(checkpoints[-1])
         self._check_continues(folder, saved)
+        self._check_fitted(folder, saved)
         # The checkpoint is what counts: lines after it are dropped, its own is added if missing.
         records = [
             record
@@ -422,6 +430,15 @@ class _Job:
         lines = "".join(record.to_json() + "\n" for record in records)
         store.write(folder / METRICS, lines.encode())
         return state, records
+
+    def _check_fitted(self, folder: Path, saved: _Saved) -> None:
+        """Refuse to train on with other features than before."""
+        fitted = store.read(folder / PREPROCESSING, _Fitted) or self.fitted
+        if saved.fitted and fitted is not None and fitted.digest() != saved.fitted:
+            raise store.CorruptStoreError(
+                f"{folder / PREPROCESSING} is not what the rounds so far were trained with: "
+                "restore it from a copy, or start a new run"
+            )
 
     def _check_continues(self, folder: Path, saved: _Saved) -> None:
         """Refuse to go on where the outputs would claim what was not so in the rounds before."""
@@ -629,7 +646,8 @@ class _Job:
         checkpoints, line = folder / "checkpoints", record.to_json()
         agreed, charged = self.experiment.digest().hex(), self._charged(folder)
         standing = state if isinstance(state, Standing) else None
-        saved = msgspec.json.encode(_Saved(line, agreed, charged, self.tampered, standing))
+        fitted = self.fitted.digest() if self.fitted else ""
+        saved = msgspec.json.encode(_Saved(line, agreed, charged, self.tampered, fitted, standing))
         data = saved if isinstance(state, Standing) else state.to_checkpoint(saved.decode())
         store.write(checkpoints / f"update-{state.update:06d}{self._suffix}", data)
         store.append_line(folder / METRICS, line)

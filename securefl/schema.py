@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from securefl.sections import Flag, Line, Name, Range, Section, parse_tree, read_text, validated
 
 Code = Annotated[str, Field(max_length=200)]
-"""A value as it stands in a file, without the blanks around it."""
+"""A value as it stands in a file, without the blanks around it; printable, for it is shown."""
 
 Task = Literal["classification", "regression"]
 
@@ -31,6 +31,11 @@ class _Column(Section):
     optional: Flag = False
     description: Line | None = None
     """For readers; not part of what is agreed on."""
+
+    @field_validator("missing")
+    @classmethod
+    def _shown(cls, missing: tuple[Code, ...]) -> tuple[Code, ...]:
+        return _printable(missing)
 
 
 class NumberColumn(_Column):
@@ -85,7 +90,7 @@ class CategoryColumn(_Column):
     def _consistent(self) -> Self:
         if not self.categories or "" in self.names:
             raise ValueError("categories is empty, or names an empty one: list every category")
-        codes = [canonical(code) for code in self.codes]
+        codes = [canonical(code) for code in _printable(tuple(self.codes))]
         listed = (
             len(self.categories)
             if isinstance(self.categories, tuple)
@@ -154,6 +159,11 @@ class Schema(Section):
             if name != name.strip():
                 raise ValueError(f"column {name!r} has blanks around its name: take them off")
         return columns
+
+    @field_validator("missing")
+    @classmethod
+    def _shown(cls, missing: tuple[Code, ...]) -> tuple[Code, ...]:
+        return _printable(missing)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -255,6 +265,14 @@ def differences(ours: Schema, theirs: Schema) -> Iterator[tuple[str, str, str]]:
             yield f"columns.{name}", mine_, other_
     if not ours.header and list(ours.columns) != list(theirs.columns):
         yield "columns", "in the order " + ", ".join(ours.columns), ", ".join(theirs.columns)
+
+
+def _printable(codes: tuple[Code, ...]) -> tuple[Code, ...]:
+    """`codes`, none of which steers a terminal or breaks a line; ValueError else."""
+    for code in codes:
+        if not code.isprintable():
+            raise ValueError(f"{code!r} holds a sign that cannot be printed: leave it out")
+    return codes
 
 
 def _column(column: Column) -> str:

@@ -53,8 +53,13 @@ def write_secret(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to `path` and sync it; a line cut by a crash is dropped by `whole_lines`."""
-    with path.open("ab") as file:
+    """Add one line to `path` and sync it, in the place of a last one that a crash cut short."""
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

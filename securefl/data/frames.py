@@ -133,11 +133,11 @@ class Frame:
             part = slice(start, min(start + _CHUNK, self.rows))
             columns = [column[part].view(np.int64) for column in self.numbers.values()]
             columns += [column[part].astype(np.int64) for column in self.codes.values()]
-            if self.images is not None:
-                columns += list(self.images[part].reshape(part.stop - start, -1).T)
             rows = np.stack(columns, axis=1) if columns else np.zeros((part.stop - start, 0))
-            for row in np.ascontiguousarray(rows, np.int64):
-                yield row.tobytes()
+            for at, row in enumerate(np.ascontiguousarray(rows, np.int64), start):
+                yield row.tobytes() + (
+                    self.images[at].tobytes() if self.images is not None else b""
+                )
 
 
 def shares(people: NDArray[np.str_]) -> NDArray[np.float64]:

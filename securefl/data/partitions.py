@@ -71,15 +71,16 @@ def declared_split(table: Table, column: str) -> tuple[Table, Table]:
 def held_out(frame: Frame, experiment: Experiment) -> tuple[Frame, Frame]:
     """A site's rows for training, and those for tests: by a hash of each row, or of its person.
 
-    Where the schema has a column `test`, those that it marks "test". Every row is told apart by
-    itself, so that one more or fewer changes no other's part; whose rows are of one person are in
-    one part (where some of a person's are marked, all are for tests). The experiment's public seed
-    goes into the hash.
+    Where the schema has a column `test`, those that it marks "test". One row (or person) more or
+    fewer, whichever is protected, changes no other's part. All rows of one person are in one part
+    (where some of them are marked, all are for tests), but where a plan protects single rows: there
+    each follows its own mark, for one marked row more would take its person's others out of
+    training. The experiment's public seed goes into the hash.
     """
-    schema, person = frame.schema, frame.schema.person
+    schema, person, privacy = frame.schema, frame.schema.person, experiment.privacy
     if schema.test is not None:
         test = frame.texts[schema.test] == "test"
-        if person is not None:
+        if person is not None and not (privacy is not None and privacy.unit == "record"):
             marked = np.unique(frame.texts[person][test])
             test = np.isin(frame.texts[person], marked)
     else:

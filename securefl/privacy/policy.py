@@ -166,6 +166,7 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
         "no file: [data] of this site names no path",
     )
     yield from _of_schema(site, data)
+    yield from _of_tests(site, experiment)
     counted = experiment.aggregation.weighting == "records"
     yield _Rule(
         "policy.record_counts",
@@ -252,6 +253,18 @@ def _of_protocol(site: Site, experiment: Experiment, sites: int) -> Iterator[_Ru
         thresholds.degree > 0 and policy.graph == "complete",
         f"masks with {thresholds.degree} of {sites - 1} other sites",
         'masks with all of them (protocol.graph = "complete")',
+    )
+
+
+def _of_tests(site: Site, experiment: Experiment) -> Iterator[_Rule]:
+    """Counts of test records without noise: whoever chooses the models chooses what is counted."""
+    evaluation, privacy = experiment.evaluation, experiment.privacy
+    exact = evaluation is not None and (privacy is None or not evaluation.protected)
+    yield _Rule(
+        "policy.record_counts",
+        exact and not site.policy.record_counts,
+        "exact counts of all sites' test records, for the test figures",
+        "counts with noise ([privacy], and evaluation.protected = true)",
     )
 
 
