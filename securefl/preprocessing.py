@@ -16,7 +16,6 @@ after it, make of all rows together.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final, Self, final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -184,19 +184,6 @@ class Fitted(Message, frozen=True):
             raise ValueError(f"rows = {self.rows}: a count is 0 or more")
         if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
             raise ValueError("a class weight is not above 0")
-
-    def to_json(self) -> str:
-        """The same for people and other programs to read."""
-        tree = {
-            **{key: getattr(self, key) for key in ("sums", "exact", "rows", "weights")},
-            "numbers": [_fields(number) for number in self.numbers],
-            "categories": [_fields(category) for category in self.categories],
-        }
-        return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _fields(message: Message) -> dict[str, Any]:
-    return {name: getattr(message, name) for name in message.__struct_fields__}
 
 
 @final
@@ -752,7 +739,7 @@ class _Reader:
 
 
 def _replaced(number: FittedNumber, **figures: float) -> FittedNumber:
-    return FittedNumber(**{**_fields(number), **figures})
+    return msgspec.structs.replace(number, **figures)
 
 
 def _positive(spread: float) -> float:
