@@ -122,8 +122,8 @@ def _print(found: Findings, schema: Schema) -> None:
         _print_findings(console, found, severity)
     if not found.findings:
         console.print("Nothing odd was found.")
-    console.print(f"Schema {schema.name}, the same at every site:", markup=False)
-    console.print(f"SHA-256 {schema.digest().hex()}", soft_wrap=True)
+    console.print(f"Schema {schema.name}, which must be the same at every site. SHA-256:")
+    console.print(schema.digest().hex())
     console.print(STAYS)
 
 

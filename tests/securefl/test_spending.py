@@ -203,7 +203,7 @@ def test_a_crash_after_the_ledgers_charge_never_lets_the_round_be_entered_again(
     class Crashed(BaseException):
         pass
 
-    def crash(self, round_number):
+    def crash(self, round_number, release):
         raise Crashed
 
     with monkeypatch.context() as patched:
