@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from securefl import config, runs, schema, store
+from securefl import config, runs, schema, sections, store
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, held_out, reading
 from securefl.engines import Exchange
@@ -263,6 +263,36 @@ def test_no_code_of_a_schema_steers_a_terminal_or_breaks_a_line(code, categories
     assert str(caught.value).isprintable()
     with pytest.raises(ConfigurationError, match="cannot be printed"):
         schema.parse(f'missing = ["{escaped}"]\n' + SCHEMA)
+
+
+@pytest.mark.parametrize("part", ["a", '"a"', "'b'", r'"\""', '"="', "a ", '"#"'])
+@pytest.mark.parametrize("told", ["{key} = 1", "x = {{ {key} = 1 }}", "[{key}]", "[[{key}]]"])
+def test_a_proposal_of_one_long_key_does_not_fill_the_memory(part, told):
+    """For a key of n parts tomllib takes memory in the square of n: 3 GB for 64 kB."""
+    text = told.format(key=".".join([part] * 20_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigurationError, match="more than 32 parts"):
+            config.parse(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+def test_dots_in_texts_and_numbers_are_no_parts_of_a_key():
+    dotted = ".".join("a" * 50)
+    text = "\n".join(
+        [
+            f"# {dotted}",
+            f'x = "{dotted} # \\" {dotted}"',
+            f"y = '{dotted}'",
+            f'z = """\n{dotted}\n{dotted}"""',
+            f"w = '''\n{dotted}'''",
+            "v = [" + ", ".join(["1.5"] * 50) + "]",
+        ]
+    )
+    assert sections.parse_tree(text, "test")["v"] == [1.5] * 50
 
 
 def test_telling_images_apart_takes_no_more_memory_than_they_do():
