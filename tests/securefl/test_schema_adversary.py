@@ -250,6 +250,25 @@ def test_no_policy_lets_exact_counts_of_test_rows_out_by_default(unit, protected
     assert ("policy.record_counts" in rules) == (exact and not counts)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ('categories = ["a", "b"]', 'categories = ["a, b"]'),
+        ('categories = ["a", "b"]', 'categories = ["b", "a"]'),
+        ('categories = { x = ["1"], y = ["2"] }', 'categories = { y = ["2"], x = ["1"] }'),
+        ('categories = { x = ["1"], y = ["2"] }', 'categories = { "x: [1]; y" = ["2"] }'),
+        ('categories = ["a"]\nmissing = ["?", "-9"]', 'categories = ["a"]\nmissing = ["?, -9"]'),
+    ],
+)
+def test_a_schema_that_reads_like_the_sites_own_is_still_another(ours, theirs):
+    """Differences were once told by comparing what people read of them."""
+    column = '[columns.kind]\ntype = "category"\n'
+    mine, other = (schema.parse(SCHEMA + column + said) for said in (ours, theirs))
+    [(key, shown, proposed)] = schema.differences(mine, other)
+    assert key == "columns.kind"
+    assert shown != proposed
+
+
 # --- what a file or a schema may hold ------------------------------------------------------------
 
 
