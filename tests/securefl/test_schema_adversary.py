@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import tracemalloc
 from datetime import date
 from pathlib import Path
@@ -15,16 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from securefl import config, runs, schema, sections, store
+from protocols.rounds import make_identities
+from securefl import agreement, config, runs, schema, sections, simulation, store
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, held_out, reading
-from securefl.engines import Exchange
-from securefl.messages import Request
+from securefl.engines import Exchange, inprocess
+from securefl.messages import Request, Task
 from securefl.prediction import Model
 from securefl.preprocessing import NOISY, Fitted, Preprocessor
 from securefl.privacy import accounting, policy
 from securefl.privacy.accounting import PoissonDiscreteGaussianSum, PoissonGaussian, Repeated
 from securefl.privacy.ledger import Ledger, Release
+from securefl.server import Server
+from securefl.state import GlobalState
 from securefl.store import CorruptStoreError
 
 SCHEMA = """
@@ -377,6 +381,43 @@ def files(tmp_path_factory):
         + "[evaluation]\nevery = 1\n"
     )
     return config.load(path)
+
+
+def test_without_a_plan_a_server_counts_whatever_it_likes_among_the_test_rows(files, tmp_path):
+    """As docs/threat-model.md says: a model of its choice, asked for as often as it likes."""
+    consortium = simulation.assemble(files)
+    identities = make_identities(tuple(consortium.sites), os.urandom)
+    clients = {
+        site: simulation.client(files, records, identities[site], bytes(16), tmp_path / site)
+        for site, records in consortium.sites.items()
+        if records is not None
+    }
+    server = Server(
+        files,
+        identities["x"].roster,
+        bytes(16),
+        lambda _, messages: inprocess.exchange(clients, messages),
+        lambda number, phase: None,
+    )
+    made, tally = agreement.preprocessor(files, 3), agreement.tally(files, 3)
+    assert made is not None
+    assert tally is not None
+    first = server.sum(1, Task("fit", 0, made.start().to_bytes()), made.dimension(0))
+    fitted = made.fit(0, made.start(), first.total, 0.0)
+    (age,) = fitted.numbers
+    tests = [held_out(each, files)[1] for each in consortium.sites.values() if each is not None]
+    ages = np.concatenate([each.numbers["age"] for each in tests])
+    for number, above in enumerate([30.0, 55.5, 70.0], 2):
+        edge = (above - age.centre) / age.spread  # logits [0, age - edge]
+        weights = np.array([0, 1, 0, -edge], np.float32)
+        model = GlobalState(1, weights, np.ones(4, np.bool_))
+        task = Task("evaluate", fitted=fitted.to_bytes())
+        told = server.sum(number, task, tally.dimension, model).total[:4].reshape(2, 2)
+        # (wrong, right) of each class: those said to be ill are wrong of the first, right of the
+        # last.
+        assert (told[0, 0] + told[1, 1]) * 2 == (ages > above).sum() << tally.bits
+    for client in clients.values():
+        client.close()
 
 
 class _Cut(BaseException):
