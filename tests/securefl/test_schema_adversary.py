@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
 import os
 import tracemalloc
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -383,41 +385,66 @@ def files(tmp_path_factory):
     return config.load(path)
 
 
-def test_without_a_plan_a_server_counts_whatever_it_likes_among_the_test_rows(files, tmp_path):
-    """As docs/threat-model.md says: a model of its choice, asked for as often as it likes."""
-    consortium = simulation.assemble(files)
+@contextlib.contextmanager
+def served(asked: Experiment, folder: Path) -> Iterator[tuple[Server, Fitted]]:
+    """A server of real sites, in round 2, and what preprocessing was fitted to in round 1."""
+    consortium = simulation.assemble(asked)
     identities = make_identities(tuple(consortium.sites), os.urandom)
     clients = {
-        site: simulation.client(files, records, identities[site], bytes(16), tmp_path / site)
+        site: simulation.client(asked, records, identities[site], bytes(16), folder / site)
         for site, records in consortium.sites.items()
         if records is not None
     }
     server = Server(
-        files,
+        asked,
         identities["x"].roster,
         bytes(16),
         lambda _, messages: inprocess.exchange(clients, messages),
         lambda number, phase: None,
+        consortium.plan,
     )
-    made, tally = agreement.preprocessor(files, 3), agreement.tally(files, 3)
+    made = agreement.preprocessor(asked, 3)
     assert made is not None
-    assert tally is not None
     first = server.sum(1, Task("fit", 0, made.start().to_bytes()), made.dimension(0))
-    fitted = made.fit(0, made.start(), first.total, 0.0)
-    (age,) = fitted.numbers
-    tests = [held_out(each, files)[1] for each in consortium.sites.values() if each is not None]
-    ages = np.concatenate([each.numbers["age"] for each in tests])
-    for number, above in enumerate([30.0, 55.5, 70.0], 2):
-        edge = (above - age.centre) / age.spread  # logits [0, age - edge]
-        weights = np.array([0, 1, 0, -edge], np.float32)
-        model = GlobalState(1, weights, np.ones(4, np.bool_))
-        task = Task("evaluate", fitted=fitted.to_bytes())
-        told = server.sum(number, task, tally.dimension, model).total[:4].reshape(2, 2)
-        # (wrong, right) of each class: those said to be ill are wrong of the first, right of the
-        # last.
-        assert (told[0, 0] + told[1, 1]) * 2 == (ages > above).sum() << tally.bits
+    yield server, made.fit(0, made.start(), first.total, 0.0)
     for client in clients.values():
         client.close()
+
+
+def test_without_a_plan_a_server_counts_whatever_it_likes_among_the_test_rows(files, tmp_path):
+    """As docs/threat-model.md says: a model of its choice, asked for as often as it likes."""
+    tally = agreement.tally(files, 3)
+    assert tally is not None
+    sites = simulation.assemble(files).sites.values()
+    tests = [held_out(each, files)[1] for each in sites if isinstance(each, Frame)]
+    ages = np.concatenate([each.numbers["age"] for each in tests])
+    with served(files, tmp_path) as (server, fitted):
+        (age,) = fitted.numbers
+        task = Task("evaluate", fitted=fitted.to_bytes())
+        for number, above in enumerate([30.0, 55.5, 70.0], 2):
+            edge = (above - age.centre) / age.spread  # logits [0, age - edge]
+            weights = np.array([0, 1, 0, -edge], np.float32)
+            model = GlobalState(1, weights, np.ones(4, np.bool_))
+            total = server.sum(number, task, tally.dimension, model).total
+            # Of each class (wrong, right), half a row each: those above are wrong of the first and
+            # right of the last.
+            assert (total[0] + total[3]) * 2 == (ages > above).sum() << tally.bits
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_other_fitted_values_in_every_round_stop_no_site(files, tmp_path, plan):
+    """A site whose features were made anew once fell over its own network."""
+    if plan:
+        said = {"epsilon": 5.0, "delta": 1e-3, "rate": 0.2, "expected_batch": 8, "noise": "local"}
+        files = files.model_copy(update={"privacy": config.Privacy.model_validate(said)})
+    model = GlobalState(0, np.zeros(4, np.float32), np.ones(4, np.bool_))
+    with served(files, tmp_path) as (server, fitted):
+        (age,) = fitted.numbers
+        for number in (2, 3):
+            moved = msgspec.structs.replace(age, centre=age.centre + number)
+            other = msgspec.structs.replace(fitted, numbers=(moved,))
+            done = server.round(number, model, other.to_bytes())
+            assert done.contributors == ("x", "y", "z")
 
 
 class _Cut(BaseException):
