@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
@@ -155,7 +156,8 @@ class Client:
     def _made(self, table: Table, loss: models.Loss) -> Trainer:
         experiment, person = self._experiment, protected_by(self._experiment)
         parts = (table, experiment.training, self._plan, self._device, person)
-        return Trainer(self._module, loss, *parts)
+        # Its own copy: what makes per-sample gradients is put into a network once.
+        return Trainer(copy.deepcopy(self._module), loss, *parts)
 
     def _identifying(self, person: str | None) -> Iterator[bytes]:
         """What tells one record from another, or one person; test rows too."""

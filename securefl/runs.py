@@ -791,6 +791,11 @@ class _Job:
                 "round to compute the test figures; they are not protected by the plan."
             )
         sentences += self._exactly_released()
+        if self.tally is not None and self.plan is not None:
+            sentences.append(
+                "Every site's own test figures carry no noise: they are in its folder under sites, "
+                "for its own people. Leave that folder out of what is passed on."
+            )
         if None not in self.consortium.sites.values():
             held = " and held out the test records" if test is not None else ""
             sentences.append(

@@ -260,9 +260,9 @@ def differences(ours: Schema, theirs: Schema) -> Iterator[tuple[str, str, str]]:
             )
             yield f"columns.{name}", mine_, other_
             continue
-        mine_, other_ = _column(ours.columns[name]), _column(theirs.columns[name])
-        if mine_ != other_:
-            yield f"columns.{name}", mine_, other_
+        held, asked = ours.columns[name], theirs.columns[name]
+        if _agreed(held) != _agreed(asked):
+            yield f"columns.{name}", _column(held), _column(asked)
     if not ours.header and list(ours.columns) != list(theirs.columns):
         yield "columns", "in the order " + ", ".join(ours.columns), ", ".join(theirs.columns)
 
@@ -275,6 +275,11 @@ def _printable(codes: tuple[Code, ...]) -> tuple[Code, ...]:
     return codes
 
 
+def _agreed(column: Column) -> str:
+    """What is agreed on of a column, in order; what people read may stand for two."""
+    return column.model_dump_json(exclude={"description"})
+
+
 def _column(column: Column) -> str:
     said = column.model_dump(mode="json", exclude={"description"}, exclude_defaults=True)
     return ", ".join(f"{key} {_told(value)}" for key, value in said.items())
@@ -282,7 +287,9 @@ def _column(column: Column) -> str:
 
 def _told(value: object) -> str:
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_told(item)}" for key, item in value.items())
+        return "; ".join(f"{_told(key)}: {_told(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(str, value)) + "]"
+        return "[" + ", ".join(map(_told, value)) + "]"
+    if isinstance(value, str) and not set(value).isdisjoint(",;:[]"):
+        return repr(value)  # or one code would read as two
     return "none" if value is None else str(value)

@@ -67,6 +67,13 @@ class Section(BaseModel):
 
 Kind = TypeVar("Kind", bound=Section)
 
+_QUOTED = re.compile(
+    r'"""(?:[^\\]|\\.)*?(?:"""|\Z)|"(?:[^"\\\n]|\\.)*+"?'
+    r"|'''.*?(?:'''|\Z)|'[^'\n]*+'?|#[^\n]*+",
+    re.DOTALL,
+)
+_DEEP = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){32}")
+
 
 def read_text(path: Path | str) -> str:
     """The text of the file `path`, UTF-8; ConfigurationError when it cannot be read."""
@@ -79,7 +86,12 @@ def read_text(path: Path | str) -> str:
 
 
 def parse_tree(text: str, origin: str) -> dict[str, Any]:
-    """The TOML in `text`; ConfigurationError, naming `origin`, when it is none."""
+    """The TOML in `text`; ConfigurationError, naming `origin`, when it is none.
+
+    A key of n parts takes tomllib memory in the square of n: a proposal must not have long ones.
+    """
+    if _DEEP.search(_QUOTED.sub("_", text)):
+        raise ConfigurationError(f"{origin} has a key of more than 32 parts: no key here has")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of too many digits, or deep brackets

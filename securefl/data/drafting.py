@@ -382,7 +382,9 @@ def _kind(seen: _Seen, decimal: str, learnt: bool = False) -> Kind:
     """The type to draft. learnt: it is the label."""
     if seen.image:
         return "image"
-    if not seen.values or seen.longest > reading.LONGEST_TEXT:
+    # A schema lists nothing that cannot be printed.
+    shown = all(map(str.isprintable, seen.values)) and seen.longest <= reading.LONGEST_TEXT
+    if not seen.values or not shown:
         return "text"
     if seen.numeric(decimal):
         if seen.identifies and not learnt:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
+import os
 import tracemalloc
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -15,16 +18,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from securefl import config, runs, schema, store
+from protocols.rounds import make_identities
+from securefl import agreement, config, runs, schema, sections, simulation, store
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, held_out, reading
-from securefl.engines import Exchange
-from securefl.messages import Request
+from securefl.engines import Exchange, inprocess
+from securefl.messages import Request, Task
 from securefl.prediction import Model
 from securefl.preprocessing import NOISY, Fitted, Preprocessor
 from securefl.privacy import accounting, policy
 from securefl.privacy.accounting import PoissonDiscreteGaussianSum, PoissonGaussian, Repeated
 from securefl.privacy.ledger import Ledger, Release
+from securefl.server import Server
+from securefl.state import GlobalState
 from securefl.store import CorruptStoreError
 
 SCHEMA = """
@@ -250,6 +256,25 @@ def test_no_policy_lets_exact_counts_of_test_rows_out_by_default(unit, protected
     assert ("policy.record_counts" in rules) == (exact and not counts)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ('categories = ["a", "b"]', 'categories = ["a, b"]'),
+        ('categories = ["a", "b"]', 'categories = ["b", "a"]'),
+        ('categories = { x = ["1"], y = ["2"] }', 'categories = { y = ["2"], x = ["1"] }'),
+        ('categories = { x = ["1"], y = ["2"] }', 'categories = { "x: [1]; y" = ["2"] }'),
+        ('categories = ["a"]\nmissing = ["?", "-9"]', 'categories = ["a"]\nmissing = ["?, -9"]'),
+    ],
+)
+def test_a_schema_that_reads_like_the_sites_own_is_still_another(ours, theirs):
+    """Differences were once told by comparing what people read of them."""
+    column = '[columns.kind]\ntype = "category"\n'
+    mine, other = (schema.parse(SCHEMA + column + said) for said in (ours, theirs))
+    [(key, shown, proposed)] = schema.differences(mine, other)
+    assert key == "columns.kind"
+    assert shown != proposed
+
+
 # --- what a file or a schema may hold ------------------------------------------------------------
 
 
@@ -263,6 +288,36 @@ def test_no_code_of_a_schema_steers_a_terminal_or_breaks_a_line(code, categories
     assert str(caught.value).isprintable()
     with pytest.raises(ConfigurationError, match="cannot be printed"):
         schema.parse(f'missing = ["{escaped}"]\n' + SCHEMA)
+
+
+@pytest.mark.parametrize("part", ["a", '"a"', "'b'", r'"\""', '"="', "a ", '"#"'])
+@pytest.mark.parametrize("told", ["{key} = 1", "x = {{ {key} = 1 }}", "[{key}]", "[[{key}]]"])
+def test_a_proposal_of_one_long_key_does_not_fill_the_memory(part, told):
+    """For a key of n parts tomllib takes memory in the square of n: 3 GB for 64 kB."""
+    text = told.format(key=".".join([part] * 20_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigurationError, match="more than 32 parts"):
+            config.parse(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+def test_dots_in_texts_and_numbers_are_no_parts_of_a_key():
+    dotted = ".".join("a" * 50)
+    text = "\n".join(
+        [
+            f"# {dotted}",
+            f'x = "{dotted} # \\" {dotted}"',
+            f"y = '{dotted}'",
+            f'z = """\n{dotted}\n{dotted}"""',
+            f"w = '''\n{dotted}'''",
+            "v = [" + ", ".join(["1.5"] * 50) + "]",
+        ]
+    )
+    assert sections.parse_tree(text, "test")["v"] == [1.5] * 50
 
 
 def test_telling_images_apart_takes_no_more_memory_than_they_do():
@@ -328,6 +383,68 @@ def files(tmp_path_factory):
         + "[evaluation]\nevery = 1\n"
     )
     return config.load(path)
+
+
+@contextlib.contextmanager
+def served(asked: Experiment, folder: Path) -> Iterator[tuple[Server, Fitted]]:
+    """A server of real sites, in round 2, and what preprocessing was fitted to in round 1."""
+    consortium = simulation.assemble(asked)
+    identities = make_identities(tuple(consortium.sites), os.urandom)
+    clients = {
+        site: simulation.client(asked, records, identities[site], bytes(16), folder / site)
+        for site, records in consortium.sites.items()
+        if records is not None
+    }
+    server = Server(
+        asked,
+        identities["x"].roster,
+        bytes(16),
+        lambda _, messages: inprocess.exchange(clients, messages),
+        lambda number, phase: None,
+        consortium.plan,
+    )
+    made = agreement.preprocessor(asked, 3)
+    assert made is not None
+    first = server.sum(1, Task("fit", 0, made.start().to_bytes()), made.dimension(0))
+    yield server, made.fit(0, made.start(), first.total, 0.0)
+    for client in clients.values():
+        client.close()
+
+
+def test_without_a_plan_a_server_counts_whatever_it_likes_among_the_test_rows(files, tmp_path):
+    """As docs/threat-model.md says: a model of its choice, asked for as often as it likes."""
+    tally = agreement.tally(files, 3)
+    assert tally is not None
+    sites = simulation.assemble(files).sites.values()
+    tests = [held_out(each, files)[1] for each in sites if isinstance(each, Frame)]
+    ages = np.concatenate([each.numbers["age"] for each in tests])
+    with served(files, tmp_path) as (server, fitted):
+        (age,) = fitted.numbers
+        task = Task("evaluate", fitted=fitted.to_bytes())
+        for number, above in enumerate([30.0, 55.5, 70.0], 2):
+            edge = (above - age.centre) / age.spread  # logits [0, age - edge]
+            weights = np.array([0, 1, 0, -edge], np.float32)
+            model = GlobalState(1, weights, np.ones(4, np.bool_))
+            total = server.sum(number, task, tally.dimension, model).total
+            # Of each class (wrong, right), half a row each: those above are wrong of the first and
+            # right of the last.
+            assert (total[0] + total[3]) * 2 == (ages > above).sum() << tally.bits
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_other_fitted_values_in_every_round_stop_no_site(files, tmp_path, plan):
+    """A site whose features were made anew once fell over its own network."""
+    if plan:
+        said = {"epsilon": 5.0, "delta": 1e-3, "rate": 0.2, "expected_batch": 8, "noise": "local"}
+        files = files.model_copy(update={"privacy": config.Privacy.model_validate(said)})
+    model = GlobalState(0, np.zeros(4, np.float32), np.ones(4, np.bool_))
+    with served(files, tmp_path) as (server, fitted):
+        (age,) = fitted.numbers
+        for number in (2, 3):
+            moved = msgspec.structs.replace(age, centre=age.centre + number)
+            other = msgspec.structs.replace(fitted, numbers=(moved,))
+            done = server.round(number, model, other.to_bytes())
+            assert done.contributors == ("x", "y", "z")
 
 
 class _Cut(BaseException):

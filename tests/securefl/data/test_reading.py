@@ -370,7 +370,8 @@ def tables(draw: st.DrawFn) -> Written:
             written_ = [None if v is None else repr(v).replace(".", decimal) for v in column]
             declared[name] = {"type": kind, "range": [-1e6, 1e6]}
         elif kind == "category":
-            codes = draw(st.lists(words, min_size=2, max_size=4, unique_by=canonical))
+            listed = words.filter(str.isprintable)
+            codes = draw(st.lists(listed, min_size=2, max_size=4, unique_by=canonical))
             column = draw(st.lists(st.none() | st.sampled_from(range(len(codes))),
                                    min_size=rows, max_size=rows))  # fmt: skip
             written_ = [None if v is None else codes[v] for v in column]
