@@ -388,8 +388,7 @@ def _kind(seen: _Seen, decimal: str, learnt: bool = False) -> Kind:
         if seen.identifies and not learnt:
             return "text"
         return "category" if seen.whole and seen.few else "number"
-    marks = set(seen.values) == {"test", "train"} and not learnt
-    if marks or not all(map(schemas.steers_nothing, seen.values)):
+    if set(seen.values) == {"test", "train"} and not learnt:
         return "text"
     listed = seen.few or (learnt and not seen.many)
     return "category" if listed and (learnt or not seen.dates) else "text"
