@@ -8,6 +8,7 @@ and holds no figure of anybody's records.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -267,10 +268,15 @@ def differences(ours: Schema, theirs: Schema) -> Iterator[tuple[str, str, str]]:
         yield "columns", "in the order " + ", ".join(ours.columns), ", ".join(theirs.columns)
 
 
+def steers_nothing(text: str) -> bool:
+    """Whether `text` has no control character, no break of a line, and none that turns writing."""
+    return re.fullmatch(r"[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*", text) is not None
+
+
 def _printable(codes: tuple[Code, ...]) -> tuple[Code, ...]:
     """`codes`, none of which steers a terminal or breaks a line; ValueError else."""
     for code in codes:
-        if not code.isprintable():
+        if not steers_nothing(code):
             raise ValueError(f"{code!r} holds a sign that cannot be printed: leave it out")
     return codes
 
