@@ -58,7 +58,8 @@ def _calibrated(
         if sums:
             shares = 1 if cohort is None else cohort.shares(Observer.OTHERS)
             spend = share * privacy.epsilon, privacy.delta
-            statistics = Statistics.calibrate(sums, shares, *spend)
+            times = 1 + min(1, privacy.spare_rounds)
+            statistics = Statistics.calibrate(sums, shares, *spend, times)
         if cohort is None:
             return RecordLocal.calibrate(privacy, rounds, steps, dimension, statistics)
         return RecordDistributed.calibrate(
@@ -153,27 +154,26 @@ def evaluation_release(experiment: Experiment, sites: int) -> Release | None:
         return None
     cohort = _cohort(experiment, sites)
     shares = 1 if cohort is None else cohort.shares(Observer.OTHERS)
-    times, spare = evaluations(experiment), min(1, privacy.spare_rounds)
+    times = evaluations(experiment) + min(1, privacy.spare_rounds)
     sums = (counting.sensitivity, counting.dimension)
-    return _evaluated(sums, shares, times, spare, privacy.epsilon, privacy.delta)
+    return _evaluated(sums, shares, times, privacy.epsilon, privacy.delta)
 
 
 @lru_cache(maxsize=64)
 def _evaluated(
-    sums: tuple[float, int], shares: int, times: int, spare: int, epsilon: float, delta: float
+    sums: tuple[float, int], shares: int, times: int, epsilon: float, delta: float
 ) -> Release:
-    every = (sums,) * (times + spare)
-    [event] = Statistics.calibrate(every, shares, epsilon, delta).stages[:1]
-    return Release(Task("evaluate").release, event, times, spare, held_out=True)
+    [event] = Statistics.calibrate((sums,), shares, epsilon, delta, times).stages
+    return Release(Task("evaluate").release, event, times, held_out=True)
 
 
 def releases(experiment: Experiment, sites: int, plan: Plan | None) -> tuple[Release, ...]:
     """Everything that a site is charged for besides rounds of training."""
     found = []
     if plan is not None and plan.statistics is not None:
-        # What a spare one costs is taken from the spare rounds (`Plan.affords`).
+        times = plan.statistics.times
         found = [
-            Release(Task("fit", stage).release, event, 1, 1, held_out=False)
+            Release(Task("fit", stage).release, event, times, held_out=False)
             for stage, event in enumerate(plan.statistics.stages)
         ]
     tested = evaluation_release(experiment, sites)

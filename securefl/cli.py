@@ -500,7 +500,8 @@ def _summary_table(summary: Summary) -> Table:
         count = sum(map(len, summary.dropouts.values()))
         rows.append(("dropouts", f"{count} in {len(summary.dropouts)} rounds"))
     if summary.aborted_rounds:
-        rows.append(("aborted rounds", words.ranges(summary.aborted_rounds)))
+        aborted = words.counted(len(summary.aborted_rounds), "round")
+        rows.append(("aborted", f"{aborted}: number {words.ranges(summary.aborted_rounds)}"))
     style = "green" if summary.private else "bold red"
     table.add_row("privacy", Text(words.claim(summary), style=style), end_section=True)
     for name, value in rows:

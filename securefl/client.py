@@ -383,29 +383,17 @@ class Client:
         charged = self._account.last_round if self._account else 0
         if current.number <= max(self._store.last_charged, charged):
             raise RefusedError(f"round {current.number} was charged before")
-        if release is not None and self._store.released(release.name) >= (
-            release.times + release.spare
-        ):
+        if release is not None and self._store.released(release.name) >= release.times:
             raise BudgetSpentError(
                 f"{self.name}: {release.name} was charged as often as the plan allows"
             )
-        if release is None or not release.held_out:
-            rounds, fits = self._charges(task)
-            if not plan.affords(rounds, fits):
-                raise BudgetSpentError(
-                    f"{self.name}: one more round would bring epsilon to "
-                    f"{plan.spent(rounds, fits=fits):.3f}, above the promised {plan.epsilon:g}"
-                )
+        rounds = self._store.charged + 1
+        if release is None and not plan.affords(rounds):
+            raise BudgetSpentError(
+                f"{self.name}: one more round would bring epsilon to {plan.spent(rounds):.3f}, "
+                f"above the promised {plan.epsilon:g}"
+            )
         self._charge(current.number, task.release)
-
-    def _charges(self, task: Task) -> tuple[int, int]:
-        """Rounds of training, and how often statistics, were charged when `task` is, too."""
-        fits = [
-            self._store.released(name) + (name == task.release)
-            for name, release in self._releases.items()
-            if not release.held_out
-        ]
-        return self._store.charged + (task.kind == "train"), max(1, *fits) if fits else 1
 
     def _charge(self, round_number: int, release: str) -> None:
         """Charge the ledger, then this run's own count: a crash between leaves the ledger ahead."""

@@ -212,6 +212,8 @@ class Sites(Section):
             raise ValueError("names repeats a site: every site has its own name")
         if self.names is not None and self.count not in (None, len(self.names)):
             raise ValueError(f"count = {self.count} but names lists {len(self.names)}: keep one")
+        if self.partition == "file" and self.count is not None:
+            raise ValueError('count goes without partition = "file", where every file is a site')
         if self.partition == "column":
             if self.column is None:
                 raise ValueError('partition = "column" needs column = "NAME"')

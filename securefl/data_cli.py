@@ -122,7 +122,7 @@ def _print(found: Findings, schema: Schema) -> None:
         _print_findings(console, found, severity)
     if not found.findings:
         console.print("Nothing odd was found.")
-    console.print(f"Schema {schema.name}, which must be the same at every site. SHA-256:")
+    console.print(f"Schema {schema.name}: every site's copy must have this SHA-256:")
     console.print(schema.digest().hex())
     console.print(STAYS)
 

@@ -153,6 +153,10 @@ def _opened(place: Path) -> Iterator[Ledger]:
     from securefl.privacy.ledger import Ledger
 
     path = place / LEDGER if place.is_dir() else place
+    if place.is_dir() and (place / "site.toml").is_file() and not path.exists():
+        raise ConfigurationError(
+            f"{place} has no ledger yet: nothing was spent; the site's first run makes it"
+        )
     if not path.is_file():
         raise ConfigurationError(f"{path}: no ledger: name a ledger file, or the folder of a site")
     with Ledger(path) as book:

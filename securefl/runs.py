@@ -170,9 +170,7 @@ def run(
         if sites is not None:  # so that the run can be resumed from anywhere
             store.write(folder / SITES, str(sites.absolute()).encode())
         store.write(folder / EXPERIMENT, experiment.dump().encode())
-        if directory is None:
-            _point_latest_at(folder)
-        return job.go(folder)
+        return job.go(folder, latest=directory is None)
 
 
 def resume(directory: Path, *, progress: Progress | None = None) -> Run:
@@ -216,6 +214,12 @@ class _Job:
         self.consortium = simulation.assemble(experiment)
         if sites is not None:
             simulation.check_folders(sites, self.consortium.sites)
+            if experiment.data.agreed is not None and experiment.data.path is not None:
+                raise ConfigurationError(
+                    "data.path is whoever proposes the run's, and with --sites every site reads "
+                    "the file that its own site.toml names: take path out of [data], and say "
+                    'sites.names = ["...", ...]'
+                )
         elif None in self.consortium.sites.values():
             raise ConfigurationError(
                 "without data.path every site brings its own file: say where the sites' folders "
@@ -251,8 +255,11 @@ class _Job:
         if replaced and experiment.engine.workers:
             raise ConfigurationError("clients are replaced in process only: set engine.workers = 0")
 
-    def go(self, folder: Path) -> Run:
-        """Train to the end and write what a run directory holds."""
+    def go(self, folder: Path, latest: bool = False) -> Run:
+        """Train to the end and write what a run directory holds.
+
+        latest: whether runs/latest is to point there, from when the sites take part.
+        """
         state, records = self._continue(folder)
         server_store = ServerStore(folder)
         session = os.urandom(16)
@@ -262,6 +269,8 @@ class _Job:
             server = Server(self.experiment, roster, session, exchange, entered, self.plan)
             if self.sites is not None:
                 self._propose(server, server_store.run(os.urandom))
+            if latest:
+                _point_latest_at(folder)
             self._fit(folder, server, server_store)
             stopped = self._why_stop(state)
             while stopped is None:
@@ -606,16 +615,9 @@ class _Job:
         if plan is None:
             return {}
         return {
-            site: max(
-                plan.spent(count, fits=self._fits(folder, site)), self._tested(folder, site, plan)
-            )
+            site: max(plan.spent(count), self._tested(folder, site, plan))
             for site, count in self._charged(folder).items()
         }
-
-    def _fits(self, folder: Path, site: str) -> int:
-        """How often statistics were charged, once at least."""
-        kept = SiteStore(folder / "sites" / site)
-        return max([1, *(kept.released(n) for n, r in self.releases.items() if not r.held_out)])
 
     def _tested(self, folder: Path, site: str, plan: Plan) -> float:
         """Epsilon that test figures cost a site's test records, which no training reads."""
@@ -638,8 +640,7 @@ class _Job:
         """Epsilon against whoever sees only the models, where noise is distributed."""
         if self.plan is None or isinstance(self.plan, RecordLocal):
             return None
-        fits = max(self._fits(folder, site) for site in self.consortium.sites)
-        return self.plan.spent(max(self._charged(folder).values()), Observer.PUBLIC, fits)
+        return self.plan.spent(max(self._charged(folder).values()), Observer.PUBLIC)
 
     def _save(self, folder: Path, state: Known, record: RoundRecord) -> None:
         """Make a round durable: first the checkpoint, which is what a resumed run starts from."""
@@ -783,7 +784,8 @@ class _Job:
 
     def _outside_guarantee(self) -> tuple[str, ...]:
         """What was read from records outside the plan, in sentences for the report."""
-        data, test = self.experiment.data, self.consortium.test
+        experiment, test = self.experiment, self.consortium.test
+        data = experiment.data
         sentences = list(self.remarks)
         if test is not None:
             sentences.append(
@@ -791,12 +793,16 @@ class _Job:
                 "round to compute the test figures; they are not protected by the plan."
             )
         sentences += self._exactly_released()
-        if self.tally is not None and self.plan is not None:
+        if self.tally is not None and self.plan is not None and self.sites is None:
             sentences.append(
                 "Every site's own test figures carry no noise: they are in its folder under sites, "
                 "for its own people. Leave that folder out of what is passed on."
             )
-        if None not in self.consortium.sites.values():
+        if data.agreed is not None and experiment.sites.partition == "file":
+            sentences.append("This is a simulation: one program read the files of all sites.")
+        elif data.agreed is not None and data.path is None:
+            sentences.append("This is a simulation: one program read the folders of all sites.")
+        else:
             held = " and held out the test records" if test is not None else ""
             sentences.append(
                 f"This is a simulation: one program divided the records among the sites{held}, and "
@@ -804,7 +810,6 @@ class _Job:
             )
         if test is not None and data.source == "table" and test.classes and data.classes is None:
             sentences.append("The names of the classes were read from the records.")
-        experiment = self.experiment
         foreign = [
             f"{key} = {value!r}"
             for key, value in (

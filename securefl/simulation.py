@@ -148,9 +148,10 @@ def client(
     session: bytes,
     folder: Path,
     holding: Holding | None = None,
+    own: Path | None = None,
 ) -> Client:
-    """The client of one site, with its durable state in `folder`."""
-    return Client(experiment, identity, session, records, SiteStore(folder), holding)
+    """The client of one site, with its durable state in `folder`; own: as for `SiteStore`."""
+    return Client(experiment, identity, session, records, SiteStore(folder, own), holding)
 
 
 def gate(folder: Path, held: Records | None, run_folder: Path) -> Gate:
@@ -165,7 +166,7 @@ def gate(folder: Path, held: Records | None, run_folder: Path) -> Gate:
         ledger = open_ledger(folder)
         try:
             holding = Holding(ledger, config.load_site(folder / SITE).data.id, run.hex())
-            return client(experiment, records, identity, session, run_folder, holding)
+            return client(experiment, records, identity, session, run_folder, holding, folder)
         except BaseException:
             ledger.close()
             raise

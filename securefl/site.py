@@ -306,7 +306,8 @@ class Gate:
             pinned = self._site.consortium.get(site)
             if pinned is None and site != self.name and not self._site.policy.unknown_sites:
                 known = ", ".join(sorted(self._site.consortium)) or "no other site"
-                raise self._refused("policy.unknown_sites", f"a run with {site}", known)
+                mend = f"{known}, until site.toml has the public key of {site} under [consortium]"
+                raise self._refused("policy.unknown_sites", f"a run with {site}", mend)
             if pinned is not None and pinned != key.hex():
                 raise self._refused(f"consortium.{site}", f"the key {key.hex()}", pinned)
         return Roster(keys)

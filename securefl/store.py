@@ -110,11 +110,13 @@ class _SiteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SiteStore:
     """What a site must never forget: the rounds it was charged for and the last one it entered.
 
-    Reading needs no more than the folder. Who charges binds the store first.
+    Reading needs no more than the folder. Who charges binds the store first. own: where the site
+    keeps what nobody else may read; by default the same folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, own: Path | None = None) -> None:
         self._path = folder / "site.json"
+        self._own = own or folder
         self._record = read(self._path, _SiteRecord) or _SiteRecord(1, 0, 0)
         self._lock: IO[str] | None = None
 
@@ -197,9 +199,12 @@ class SiteStore:
         self._put(msgspec.structs.replace(record, last_round=round_number))
 
     def keep_figures(self, update: int, figures: Mapping[str, float]) -> None:
-        """Keep the site's own test figures of an update, for its own people's eyes."""
-        line = msgspec.json.encode({"update": update, "figures": figures}).decode()
-        append_line(self._path.with_name("figures.jsonl"), line)
+        """Keep the site's own test figures of an update: they are exact, for its own people."""
+        self._own.mkdir(parents=True, exist_ok=True)
+        path = self._own / "figures.jsonl"
+        path.touch(mode=0o600)
+        told = {"run": self._path.parents[2].name, "update": update, "figures": figures}
+        append_line(path, msgspec.json.encode(told).decode())
 
     def _put(self, record: _SiteRecord) -> None:
         write(self._path, msgspec.json.encode(record))

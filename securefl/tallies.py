@@ -52,6 +52,7 @@ GROUPS: Final = 10
 _MOST_POINTS = 128  # of a curve that goes into a record and a picture
 _FAR = 1e9  # a logit beyond this says no more
 _TOLD = 3.0  # a count is told from noise when it is this many of its deviations
+_HIDDEN_MEAN = {"test_brier": 0.05, "test_loss": 0.25}  # not told where noise deviates more
 _HIDDEN = 0.1  # a calibration error is not told when noise alone looks like this much
 _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
@@ -322,6 +323,9 @@ class Tally:
             "test_brier": _mean(sums[_BRIER], n, noise, 1.0),
             "test_loss": _mean(sums[_LOSS], n, noise, LOSS_CAP),
         }
+        for name, part, bound in (("test_brier", _BRIER, 1.0), ("test_loss", _LOSS, LOSS_CAP)):
+            if bound * sums[part].noise > _HIDDEN_MEAN[name] * n:
+                told[name] = None
         roc: Curve = ()
         if self.classes == 2:
             told["test_specificity"], told["test_sensitivity"] = recalls

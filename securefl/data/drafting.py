@@ -383,7 +383,7 @@ def _kind(seen: _Seen, decimal: str, learnt: bool = False) -> Kind:
     if seen.image:
         return "image"
     # A schema lists nothing that cannot be printed.
-    shown = all(map(str.isprintable, seen.values)) and seen.longest <= reading.LONGEST_TEXT
+    shown = all(map(schemas.steers_nothing, seen.values)) and seen.longest <= reading.LONGEST_TEXT
     if not seen.values or not shown:
         return "text"
     if seen.numeric(decimal):

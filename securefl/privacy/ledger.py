@@ -138,8 +138,7 @@ class Accepted(_Entry, frozen=True):
 
 
 class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a run releases besides its rounds of training: `times`, and in place of those that
-    fail `spare` times more.
+    """What a run may release besides its rounds of training: `times`, spare ones included.
 
     curve: of one release. held_out: it reads test records only, and no round of training or other
     release reads any of those.
@@ -149,7 +148,6 @@ class Released(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     event: dict[str, str | float | int]
     curve: Curve
     times: Count
-    spare: Annotated[int, Meta(ge=0, le=2**62)]
     held_out: bool
 
 
@@ -227,7 +225,6 @@ class Release:
     name: str
     event: accounting.PoissonDiscreteGaussianSum
     times: int
-    spare: int
     held_out: bool
 
 
@@ -599,8 +596,7 @@ class Ledger:
             opened, budget = held.opened, self._known(held.opened.dataset)
             if round_number <= held.last_round:
                 raise ValueError(f"round {round_number} does not follow round {held.last_round}")
-            allowed = {item.name: item.times + item.spare for item in opened.releases}
-            allowed[""] = opened.rounds
+            allowed = _whole(opened)
             if release not in allowed:
                 raise ValueError(f"run {run!r} was not opened for {release!r}")
             if held.count(release) >= allowed[release]:
@@ -944,13 +940,12 @@ def _asked(releases: Sequence[Release], unit: Unit, budget: Registered) -> tuple
     for item in releases:
         event = _counted(item.event, unit, budget)
         curve = Curve.of([Repeated(event, 1)])
-        counts = item.times, item.spare
-        found.append(Released(item.name, _told(event), curve, *counts, item.held_out))
+        found.append(Released(item.name, _told(event), curve, item.times, item.held_out))
     return tuple(found)
 
 
 def _whole(opened: Opened) -> dict[str, int]:
-    """Everything that a run means to charge, by name."""
+    """Everything that a run may charge, by name."""
     return {"": opened.rounds, **{item.name: item.times for item in opened.releases}}
 
 

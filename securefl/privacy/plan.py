@@ -37,22 +37,21 @@ class _Promise:
     __slots__ = ()
     epsilon: float
 
-    def cost(
-        self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1
-    ) -> accounting.Cost:
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`, and which accountant says so.
 
-        fits: how often the statistics were charged, where the plan has any.
+        With the statistics, where the plan has any, as often as they may ever be charged: whether a
+        spare one was needed is the server's to choose, and must not move the figure.
         """
         raise NotImplementedError
 
-    def spent(self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1) -> float:
+    def spent(self, rounds: int, observer: Observer = Observer.OTHERS) -> float:
         """Epsilon at `delta` after `rounds` charged rounds, aborted ones included."""
-        return self.cost(rounds, observer, fits).epsilon
+        return self.cost(rounds, observer).epsilon
 
-    def affords(self, rounds: int, fits: int = 1) -> bool:
+    def affords(self, rounds: int) -> bool:
         """Whether `rounds` charged rounds stay within the promised epsilon."""
-        return self.spent(rounds, fits=fits) <= self.epsilon
+        return self.spent(rounds) <= self.epsilon
 
 
 class _Distributed(_Promise):
@@ -92,12 +91,10 @@ class _Distributed(_Promise):
         """What one charged round costs against the server and the colluding sites."""
         return accounting.Repeated(self.event(Observer.OTHERS), 1)
 
-    def cost(
-        self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1
-    ) -> accounting.Cost:
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`, and which accountant says so."""
         training = accounting.Repeated(self.event(observer), rounds)
-        return accounting.cost([training, *_fitted(self.statistics, fits)], self.delta)
+        return accounting.cost([training, *_fitted(self.statistics)], self.delta)
 
 
 @final
@@ -106,16 +103,22 @@ class Statistics:
     """What preprocessing is fitted from, before the first round: one noisy sum a stage.
 
     Every training record (or person) is in each of them. They are charged against `OTHERS`,
-    whoever looks.
+    whoever looks. times: how often each may be charged, spare ones included.
     """
 
     stages: tuple[accounting.PoissonDiscreteGaussianSum, ...]
+    times: int = 1
 
     @classmethod
     def calibrate(
-        cls, sums: Sequence[tuple[float, int]], shares: int, epsilon: float, delta: float
+        cls,
+        sums: Sequence[tuple[float, int]],
+        shares: int,
+        epsilon: float,
+        delta: float,
+        times: int = 1,
     ) -> Self:
-        """The least noise at which all stages together cost at most `epsilon`.
+        """The least noise at which all stages, as often as may be charged, cost `epsilon` at most.
 
         sums: the sensitivity and dimension of each; shares: of the noise, those that nobody else
         knows. Raises ConfigurationError where no noise that an integer holds reaches it.
@@ -129,13 +132,14 @@ class Statistics:
                         max(2.0, scale * sensitivity), shares, sensitivity, dimension, 1.0
                     )
                     for sensitivity, dimension in sums
-                )
+                ),
+                times,
             )
 
         try:
             return made(
                 accounting.least(
-                    lambda z: accounting.epsilon(made(z).cost(1), delta), epsilon, 0.05, 1.0
+                    lambda z: accounting.epsilon(made(z).cost, delta), epsilon, 0.05, 1.0
                 )
             )
         except ValueError as error:
@@ -144,13 +148,14 @@ class Statistics:
                 "privacy.epsilon or preprocessing.share, or fit less"
             ) from None
 
-    def cost(self, times: int) -> tuple[accounting.Repeated, ...]:
-        """Every stage, `times` times."""
-        return tuple(accounting.Repeated(event, times) for event in self.stages)
+    @property
+    def cost(self) -> tuple[accounting.Repeated, ...]:
+        """Every stage, as often as it may be charged."""
+        return tuple(accounting.Repeated(event, self.times) for event in self.stages)
 
 
-def _fitted(statistics: Statistics | None, times: int) -> tuple[accounting.Repeated, ...]:
-    return statistics.cost(times) if statistics is not None else ()
+def _fitted(statistics: Statistics | None) -> tuple[accounting.Repeated, ...]:
+    return statistics.cost if statistics is not None else ()
 
 
 @final
@@ -200,7 +205,7 @@ class RecordLocal(_Promise):
         outweigh the clipped gradients of a whole expected batch pulling together.
         """
         steps = (rounds + privacy.spare_rounds) * steps_per_round
-        beside = _fitted(statistics, 1)
+        beside = _fitted(statistics)
         _check_reachable(privacy, steps, privacy.delta, beside)
         counted = clipping.counted(privacy)
         distance = integers.hardening_distance(_FINE_NOISE / 2, dimension + counted)
@@ -248,14 +253,12 @@ class RecordLocal(_Promise):
         step = accounting.PoissonGaussian(self.noise_multiplier, self.rate, distance)
         return accounting.Repeated(step, self.steps_per_round)
 
-    def cost(
-        self, rounds: int, observer: Observer = Observer.OTHERS, fits: int = 1
-    ) -> accounting.Cost:
+    def cost(self, rounds: int, observer: Observer = Observer.OTHERS) -> accounting.Cost:
         """What `rounds` charged rounds cost at `delta`: against every observer the same."""
         del observer
         step, times = self.per_round.event, self.per_round.times
         training = accounting.Repeated(step, rounds * times)
-        return accounting.cost([training, *_fitted(self.statistics, fits)], self.delta)
+        return accounting.cost([training, *_fitted(self.statistics)], self.delta)
 
     def share_error(self, sites: int) -> float:
         """The deviation of noise in a round's mean share of records within the clip."""
@@ -351,7 +354,7 @@ class RecordDistributed(_Distributed):
         outweigh the clipped gradients of a whole expected batch pulling together.
         """
         total = rounds + privacy.spare_rounds
-        beside = _fitted(statistics, 1)
+        beside = _fitted(statistics)
         delta = 0.97 * privacy.delta
         _check_reachable(privacy, total, delta, beside)
         multiplier = accounting.noise_multiplier(

@@ -192,8 +192,9 @@ def ledger_sentences(standing: Standing) -> tuple[str, ...]:
         told.append("The budget is spent. Any further round is refused.")
     else:
         told.append(
-            f"Of the budget of {standing.epsilon:g}, {rounded_down(standing.left)} are left. A "
-            "round that would exceed the budget is refused before a record is read for it."
+            f"Of the budget of {standing.epsilon:g}, {rounded_down(standing.left)} are left"
+            + (", for this run. A " if standing.alone else ". A ")
+            + "round that would exceed the budget is refused before a record is read for it."
         )
     return tuple(told)
 
@@ -373,22 +374,31 @@ def ranges(numbers: Collection[int]) -> str:
 
 
 def hidden(summary: Summary) -> tuple[str, str] | None:
-    """The AUC of two classes that the noise on few test rows hid, in words; None where it is told.
+    """The figures of a classifier that the noise on few test rows hid, in words; None where none.
 
     A figure that noise leaves nothing of is absent rather than a guess.
     """
-    if "test_sensitivity" not in summary.metric or "test_auc" in summary.metric:
+    if not summary.intervals or "test_accuracy" not in summary.metric:
         return None
-    return metric_name("test_auc"), "hidden by the noise on so few test rows"
+    wanted = ["test_brier", "test_loss"]
+    if "test_sensitivity" in summary.metric or "test_specificity" in summary.metric:
+        wanted = ["test_auc", "test_sensitivity", "test_specificity", *wanted]
+    lost = [metric_name(key).removeprefix("test ") for key in wanted if key not in summary.metric]
+    if not lost:
+        return None
+    return "hidden by noise", f"{', '.join(lost)}: the test rows are too few for this epsilon"
 
 
 def figure(summary: Summary, key: str) -> str:
     """A figure of merit, with its 95 % interval where it has one."""
-    told = number(summary.metric[key])
     if key not in summary.intervals:
-        return told
+        return number(summary.metric[key])
     low, high = summary.intervals[key]
-    return f"{told} ({number(low)} to {number(high)})"
+    # No more digits than the interval allows.
+    width = max(high - low, abs(high) * 1e-4, 1e-12)
+    digits = max(0, 1 - math.floor(math.log10(width)))
+    told = (f"{value:.{digits}f}" for value in (summary.metric[key], low, high))
+    return "{} ({} to {})".format(*told)
 
 
 def metric_name(key: str) -> str:

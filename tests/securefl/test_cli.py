@@ -228,7 +228,7 @@ def test_show_prints_the_summary_and_the_last_rounds(command: Any, write_run: An
         "test accuracy",
         "0.8145",
         "12 (end: round budget)",
-        "aborted rounds │ 5",
+        "1 round: number 5",
         "114 held-out records were read.",
     ):
         assert text in result.stdout

@@ -157,8 +157,8 @@ def test_no_record_pays_more_than_the_ledger_says_whichever_part_it_is_in(tmp_pa
         paid: list[tuple[list[Repeated], list[Repeated]]] = []
         for number, (step, rounds, fit, fits, test, tests) in enumerate(told):
             releases = (
-                Release("statistics-0", fit, 1, 1, held_out=False),
-                Release("evaluation", test, 2, 1, held_out=True),
+                Release("statistics-0", fit, 2, held_out=False),
+                Release("evaluation", test, 3, held_out=True),
             )
             account = book.open(
                 "rows",

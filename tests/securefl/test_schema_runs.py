@@ -394,7 +394,6 @@ def test_statistics_take_their_share_of_epsilon_from_training(clinic, plan):
     assert fits.statistics is not None
     assert free.statistics is None
     assert fits.spent(0) > free.spent(0) == 0
-    assert fits.spent(0, fits=2) > fits.spent(0)
     for rounds in (1, 3):
         without = dataclasses.replace(fits, statistics=None).spent(rounds)
         assert max(without, fits.spent(0)) <= fits.spent(rounds)

@@ -948,8 +948,8 @@ def test_a_key_that_is_not_the_ledgers_is_refused(folder: Path, harm: str):
 COUNTS = PoissonDiscreteGaussianSum(30_000.0, 1, 5_000.0, 60, 1.0)
 TESTED = PoissonDiscreteGaussianSum(20_000.0, 1, 5_000.0, 40, 1.0)
 RELEASES = (
-    Release("statistics-0", COUNTS, 1, 1, held_out=False),
-    Release("evaluation", TESTED, 3, 1, held_out=True),
+    Release("statistics-0", COUNTS, 2, held_out=False),
+    Release("evaluation", TESTED, 4, held_out=True),
 )
 
 
