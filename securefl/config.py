@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from securefl import sections
 from securefl.schema import Schema
@@ -42,6 +42,18 @@ from securefl.sections import (
 )
 
 ConfigurationError = sections.ConfigurationError
+
+
+def _a_promise(delta: float) -> float:
+    if delta > 0.01:
+        raise ValueError(
+            f"{delta:g} permits that everything about one record in {1 / delta:.0f} is told: use "
+            "far less than one over the number of records (or people)"
+        )
+    return delta
+
+
+RunDelta = Annotated[float, Field(ge=1e-12, lt=1), AfterValidator(_a_promise)]
 
 
 class Data(Section):
@@ -311,7 +323,7 @@ class Privacy(Section):
     """Whether each site's noise suffices, or only that of the sum over all sites."""
     epsilon: Positive
     """The most that the whole run may cost, test rows apart."""
-    delta: Annotated[float, Field(ge=1e-12, lt=1)]
+    delta: RunDelta
     """The chance that epsilon does not hold: well below one over the records (or people)."""
     clip: Clip = 1.0
     clip_quantile: Quantile | None = None
@@ -342,7 +354,7 @@ class SitePrivacy(Section):
     """No other."""
     epsilon: Positive
     """The most that the whole run may cost."""
-    delta: Annotated[float, Field(ge=1e-12, lt=1)]
+    delta: RunDelta
     """The chance that epsilon does not hold; well below one over the sites."""
     clip: Clip = 1.0
     clip_quantile: Quantile | None = None

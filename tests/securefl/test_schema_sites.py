@@ -140,7 +140,7 @@ def test_where_earlier_runs_spent_the_budget_no_row_is_read_for_statistics(
     own, trial, tmp_path, monkeypatch
 ):
     for site in SITES:
-        own.write(site, epsilon=6.5)
+        own.write(site, epsilon=8.0)
     run(trial("rounds=6"), tmp_path / "first", sites=own.folder, report=False)
     read: list[str] = []
 
@@ -156,13 +156,13 @@ def test_where_earlier_runs_spent_the_budget_no_row_is_read_for_statistics(
     watched(Preprocessor, "encode")
     watched(Preprocessor, "apply")
     watched(Trainer, "update")
-    again = trial("rounds=6", "preprocessing.share=0.95")
+    again = trial("rounds=6", "privacy.epsilon=8", "preprocessing.share=0.95")
     with pytest.raises(RunFailedError, match="too few sites have budget left for statistics"):
         run(again, tmp_path / "second", sites=own.folder, report=False)
     assert read == []
     for site in SITES:
         with own.ledger(site) as ledger:
-            assert ledger.epsilon("rows") <= 6.5
+            assert ledger.epsilon("rows") <= 8.0
             assert ledger.standing("rows").runs[1].charged == 0
 
 
