@@ -70,6 +70,10 @@ def init(
     path = folder / sites.SITE
     if path.exists():
         raise ConfigurationError(f"{path} exists: edit it, or name another folder")
+    if unit == "person" and not person:
+        raise ConfigurationError(
+            "--unit person needs --person COLUMN: the column that says whose a record is"
+        )
     text = _TEMPLATE.format(
         name=_quoted(name),
         id=_quoted(data_id),

@@ -165,12 +165,15 @@ MECHANISMS: Mapping[str, str] = {
 def ledger_sentences(standing: Standing) -> tuple[str, ...]:
     """Where a data set stands, in words."""
     spent, unit = standing.spent, standing.unit
-    charged = sum(run.charged + sum(run.released.values()) for run in standing.runs)
-    if not charged:
+    charged = sum(run.charged for run in standing.runs)
+    besides = sum(sum(run.released.values()) for run in standing.runs)
+    if not charged + besides:
         return ("Nothing was spent: no round was ever charged to this data set.",)
     whose = "site's whole contribution" if unit == "site" else unit
     told = [
-        f"Charged: {counted(charged, 'round')} in {counted(len(standing.runs), 'run')}, with those "
+        f"Charged: {counted(charged, 'round')}"
+        + (f" and {counted(besides, 'other sum')}" if besides else "")
+        + f" in {counted(len(standing.runs), 'run')}, with those "
         f"that were aborted: epsilon {rounded_up(spent)} of {standing.epsilon:g}.",
         "What is promised is the budget. Whatever anyone concludes from everything that these and "
         f"all later runs give, one {whose} more or less changes the probability of that conclusion "

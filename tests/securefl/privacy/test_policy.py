@@ -192,7 +192,7 @@ BREAKERS: Mapping[str, st.SearchStrategy[str | tuple[str, ...]]] = {
     "policy.maximum_epsilon": st.sampled_from([5.001, 5.5, 6.0, 40.0, 1e6]).map(
         "privacy.epsilon={}".format
     ),
-    "policy.maximum_delta": st.sampled_from([0.0011, 0.01, 0.5]).map("privacy.delta={}".format),
+    "policy.maximum_delta": st.sampled_from([0.0011, 0.005, 0.01]).map("privacy.delta={}".format),
     "policy.maximum_rounds": st.integers(9, 40).map("rounds={}".format),
     "policy.maximum_local_steps": st.integers(4, 9).map("training.local_steps={}".format),
     "policy.protocols": st.just(("protocol.name=secagg", "protocol.openers=1")),
