@@ -114,7 +114,7 @@ def test_the_comments_of_site_toml_are_the_defaults() -> None:
         (("--name", "a/b"), "name = 'a/b'"),
         (("--data-id", "a b"), "data.id = 'a b'"),
         (("--purpose", "two\nlines"), "data.purpose: write one line"),
-        (("--unit", "person"), '--unit person needs --person COLUMN'),
+        (("--unit", "person"), "--unit person needs --person COLUMN"),
     ],
 )
 def test_init_refuses_in_one_line_and_makes_nothing(
