@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import nn
 
 from securefl.config import ConfigurationError
 from securefl.data.tables import Table
 from securefl.models import Loss
+from securefl.tallies import area_under_roc
 
 BATCH = 1024
 
@@ -35,7 +35,7 @@ def evaluate(
     if table.task == "classification":
         figures["test_accuracy"] = float((outputs.argmax(axis=1) == table.target).mean())
         if len(table.classes) == 2:
-            area = _area(outputs[:, 1] - outputs[:, 0], table.target == 1)
+            area = area_under_roc(outputs[:, 1] - outputs[:, 0], table.target == 1)
             if area is not None:
                 figures["test_auc"] = area
         return figures
@@ -69,12 +69,3 @@ def forward(
     finally:
         module.train(training)
     return np.concatenate(outputs), np.concatenate(losses)
-
-
-def _area(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> float | None:
-    """The area under the ROC curve: the chance that a positive outranks a negative, ties half."""
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives or not np.isfinite(scores).all():
-        return None
-    ranks = rankdata(scores)[positive].sum()
-    return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
