@@ -85,7 +85,8 @@ def test_own_data_block_and_its_commands_run_as_written(clinics: Path) -> None:
     assert set(told["summary"]["sites"]) == {"north", "middle", "south"}
     assert max(told["summary"]["epsilon"].values()) <= 3.0
     low, high = told["summary"]["intervals"]["test_accuracy"]
-    assert low < 0.9 < high + 0.1
+    assert 0 <= low < high <= 1
+    assert high > 0.7
     securefl(*predict, cwd=clinics)
     predicted = pd.read_csv(clinics / "predicted.csv")
     held = pd.read_csv(clinics / "clinics/south.csv")
