@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, final
 
@@ -75,7 +75,7 @@ class Predictions:
 
     first: int
     known: NDArray[np.bool_]
-    values: NDArray[np.float64]
+    values: NDArray[np.float64] = field(repr=False)
 
 
 @final

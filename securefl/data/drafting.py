@@ -110,7 +110,7 @@ def draft(
         decimal = ","
     text = _written(path, columns, named, decimal, label, long)
     schema = schemas.parse(text, f"the draft from {path}")
-    if separator is not None and reading._separator(path, schema) != separator:
+    if separator is not None and reading.find_separator(path, schema) != separator:
         raise ConfigurationError(
             f"{path}: stray quotes or signs hide what separates its fields: export it as CSV again"
         )
@@ -224,7 +224,7 @@ def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[
     """The columns of a text table, whether its first row names them, and what separates them."""
     separator, sample = _separator(path)
     named = _has_names(sample) if header is None else header
-    records = reading._records(path, separator, named)
+    records = reading.csv_records(path, separator, named)
     if named:
         _, first = next(records, (0, []))
         found = [name.strip() for name in _whole(first, len(first) - 1, separator)]
@@ -244,8 +244,8 @@ def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[
             whole = _whole(fields, len(columns), separator)
             if len(whole) != len(columns):
                 raise ConfigurationError(
-                    f"{path}: row {row} (line {line}) has {reading._counted(len(whole), 'field')}, "
-                    f"there are {reading._counted(len(columns), 'column')}: quote fields that hold "
+                    f"{path}: row {row} (line {line}) has {reading.count_of(len(whole), 'field')}, "
+                    f"there are {reading.count_of(len(columns), 'column')}: quote fields that hold "
                     f"the separator, or fill the row up"
                 )
             rows.append(whole)
@@ -256,7 +256,7 @@ def _table(path: Path, header: bool | None, names: Sequence[str]) -> tuple[list[
 
 def _separator(path: Path) -> tuple[str, list[list[str]]]:
     """The sign under which the first lines have most fields, and equally many; those fields."""
-    with reading._opened(path) as file:
+    with reading.open_file(path) as file:
         lines = [file.readline(1 << 20).decode("utf-8-sig", "replace") for _ in range(64)]
     best: tuple[float, int] = (-1.0, 0)
     chosen: tuple[str, list[list[str]]] = (",", [])
@@ -308,19 +308,13 @@ def _is_number(cell: str) -> bool:
 
 def _parquet(path: Path) -> list[_Seen]:
     """The columns of a Parquet file that a schema can describe."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigurationError(
-            f"{path}: reading Parquet needs an extra: pip install 'securefl[parquet]'"
-        ) from None
+    pyarrow = reading.import_pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             found = {f.name: _Seen(f.name.strip()) for f in file.schema_arrow if _flat(f.type)}
             for batch in file.iter_batches(reading.CHUNK, columns=list(found)):
                 for name, column in found.items():
-                    column.add(map(reading._as_text, batch.column(name).to_pylist()))
+                    column.add(map(reading.cell_text, batch.column(name).to_pylist()))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         told = str(error).partition("\n")[0]
         raise ConfigurationError(f"cannot read {path}: {told[:200]}: export it again") from None
@@ -339,10 +333,10 @@ def _folder(path: Path) -> list[_Seen]:
     """The two columns of FOLDER/CLASS/FILE."""
     images, classes = _Seen("image"), _Seen("class")
     files = []
-    for folder in reading._listed(path):
+    for folder in reading.entries_of(path):
         if not folder.is_dir():
             raise ConfigurationError(f"{folder} is in no class's folder: put it in one, or move it")
-        found = list(reading._listed(folder))
+        found = list(reading.entries_of(folder))
         files += found
         classes.add([folder.name] * len(found))
         images.add(f"{folder.name}/{file.name}" for file in found)

@@ -34,10 +34,10 @@ class Frame:
 
     schema: Schema
     rows: int
-    numbers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    codes: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
-    texts: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
-    images: NDArray[np.uint8] | None = None
+    numbers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    codes: Mapping[str, NDArray[np.int32]] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, NDArray[np.str_]] = field(default_factory=dict, repr=False)
+    images: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         columns: dict[str, NDArray[Any]] = {**self.numbers, **self.codes, **self.texts}

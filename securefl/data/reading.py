@@ -212,8 +212,8 @@ def _texts(cells: Cells) -> Sequence[str]:
 
 
 def _text_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
-    separator = _separator(path, schema)
-    records = _records(path, separator, schema.header)
+    separator = find_separator(path, schema)
+    records = csv_records(path, separator, schema.header)
     if schema.header:
         _, header = next(records, (0, []))
         if not header:
@@ -271,20 +271,20 @@ def _ragged(
     told = "the header has" if schema.header else "the schema lists"
     mend = "quote fields that hold the separator" if fields > len(names) else "add what is missing"
     return ConfigurationError(
-        f"{path}: {place} has {_counted(fields, 'field')}, {told} {len(names)}: {mend}"
+        f"{path}: {place} has {count_of(fields, 'field')}, {told} {len(names)}: {mend}"
     )
 
 
-def _counted(count: int, noun: str) -> str:
+def count_of(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _separator(path: Path, schema: Schema) -> str:
+def find_separator(path: Path, schema: Schema) -> str:
     """The sign between fields: under it most columns are found by name or, without a header, most
     of the first records have a field for each column."""
     sample: list[str] = []
     left = LONGEST_LINE
-    with _opened(path) as file:
+    with open_file(path) as file:
         while len(sample) < 32 and left > 0 and (line := file.readline(left)):
             sample.append(line.decode("utf-8-sig", errors="replace"))
             left -= len(line)
@@ -312,10 +312,10 @@ def _separator(path: Path, schema: Schema) -> str:
     return max(candidates, key=fitting)
 
 
-def _records(path: Path, separator: str, header: bool) -> Iterator[tuple[int, list[str]]]:
+def csv_records(path: Path, separator: str, header: bool) -> Iterator[tuple[int, list[str]]]:
     """Every record of a text table but blank lines, and the line that it starts on, from 1."""
     row, line = (0 if header else 1), 1
-    with _opened(path) as file:
+    with open_file(path) as file:
         reader = csv.reader(_lines(file), delimiter=separator, skipinitialspace=True, strict=True)
         try:
             for fields in reader:
@@ -378,7 +378,7 @@ def _lines(file: BinaryIO) -> Iterator[str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BinaryIO]:
     """The bytes of the file `path`, unzipped; ConfigurationError when it cannot be read."""
     try:
         with path.open("rb") as plain:
@@ -444,7 +444,8 @@ def _found(
     return {name: positions[name] for name in schema.columns if name in positions}
 
 
-def _parquet_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
+def import_pyarrow(path: Path) -> Any:
+    """pyarrow with its Parquet part; ConfigurationError, for the file `path`, without the extra."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -452,6 +453,11 @@ def _parquet_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
         raise ConfigurationError(
             f"{path}: reading Parquet needs an extra: pip install 'securefl[parquet]'"
         ) from None
+    return pyarrow
+
+
+def _parquet_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
+    pyarrow = import_pyarrow(path)
     try:
         # Without these, Arrow holds a whole row group, which may be the whole file.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
@@ -516,10 +522,10 @@ def _arrow_cells(array: Any, column: object) -> Cells:
     if isinstance(column, NumberColumn) and not text:
         values = array.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
         return cast(NDArray[np.float64], values)
-    return [_as_text(value) for value in array.to_pylist()]
+    return [cell_text(value) for value in array.to_pylist()]
 
 
-def _as_text(value: object) -> str:
+def cell_text(value: object) -> str:
     if value is None or value != value:  # noqa: PLR0124 (NaN)
         return ""
     return canonical(str(value)) if isinstance(value, float) else str(value)
@@ -545,12 +551,12 @@ def _folder_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
         )
     images: list[tuple[str, str]] = []
     try:
-        for folder in _listed(path):
+        for folder in entries_of(path):
             if not folder.is_dir():
                 raise ConfigurationError(
                     f"{folder} is in no class's folder: put it in one, or move it away"
                 )
-            for image in _listed(folder):
+            for image in entries_of(folder):
                 if image.suffix.lower() not in SUFFIXES:
                     raise ConfigurationError(
                         f"{image} is none of {', '.join(SUFFIXES)}: convert it, or move it away"
@@ -564,7 +570,7 @@ def _folder_rows(path: Path, schema: Schema, most: int) -> Iterator[_Rows]:
         yield _Rows(len(chunk), {schema.label: classes, schema.image: names}, _naming(names))
 
 
-def _listed(folder: Path) -> Iterable[Path]:
+def entries_of(folder: Path) -> Iterable[Path]:
     return sorted(found for found in folder.iterdir() if not found.name.startswith("."))
 
 

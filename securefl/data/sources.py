@@ -247,13 +247,7 @@ def _read(path: Path, data: Data) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigurationError(
-            f"{path}: reading Parquet needs an extra: pip install 'securefl[parquet]'"
-        ) from None
+    pyarrow = reading.import_pyarrow(path)
     try:
         names = pyarrow.parquet.read_schema(path).names
         for name in names:

@@ -37,12 +37,12 @@ class Table:
     Raises ConfigurationError on construction when the arrays do not fit together.
     """
 
-    features: NDArray[np.float32]
-    target: NDArray[np.int64] | NDArray[np.float32]
+    features: NDArray[np.float32] = field(repr=False)
+    target: NDArray[np.int64] | NDArray[np.float32] = field(repr=False)
     names: tuple[str, ...]
     task: Task
     classes: tuple[str, ...] = ()
-    groups: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    groups: Mapping[str, NDArray[np.str_]] = field(default_factory=dict, repr=False)
     target_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from protocols.rounds import make_identities
 from securefl import agreement, config, runs, schema, sections, simulation, store
 from securefl.config import ConfigurationError, Experiment
-from securefl.data import Frame, held_out, reading
+from securefl.data import Frame, held_out, reading, sources
 from securefl.engines import Exchange, inprocess
 from securefl.messages import Request, Task
 from securefl.prediction import Model
@@ -533,3 +533,15 @@ def test_a_model_whose_parts_are_of_different_runs_is_one_line(files, tmp_path):
         with pytest.raises(ConfigurationError, match=r"model\.json") as caught:
             Model.load(done)
         assert str(caught.value).isprintable()
+
+
+def test_no_repr_shows_a_record(clinic):
+    """Records must not reach a log or a traceback by way of the values that hold them."""
+    experiment = clinic().experiment()
+    frames = sources.load_frames(experiment.data)
+    fitting = agreement.preprocessor(experiment, len(frames))
+    for frame in frames.values():
+        table = fitting.apply(fitting.start(), frame)
+        for shown in (repr(frame), repr(table)):
+            assert not any(name in shown for name in frame.texts["patient"])
+            assert "array(" not in shown
