@@ -537,7 +537,8 @@ def test_a_model_whose_parts_are_of_different_runs_is_one_line(files, tmp_path):
 
 def test_no_repr_shows_a_record(clinic):
     """Records must not reach a log or a traceback by way of the values that hold them."""
-    experiment = clinic().experiment()
+    declared = ("preprocessing.scale=range", "preprocessing.impute=middle")
+    experiment = clinic().experiment(*declared, "preprocessing.minimum_count=0")
     frames = sources.load_frames(experiment.data)
     fitting = agreement.preprocessor(experiment, len(frames))
     for frame in frames.values():
