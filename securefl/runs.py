@@ -27,12 +27,13 @@ from securefl import agreement, models, replicas, simulation, store
 from securefl.algorithms import server_rule
 from securefl.client import Client, protected_by, resolve_device
 from securefl.config import ConfigurationError, Experiment
-from securefl.engines import Exchange, inprocess
+from securefl.engines import Exchange, Remote, inprocess
 from securefl.engines.workers import WorkerFailedError, Workers
 from securefl.evaluation import evaluate
 from securefl.messages import Task
 from securefl.preprocessing import Fitted
 from securefl.privacy import accounting
+from securefl.privacy.ledger import Release
 from securefl.privacy.plan import Observer, Plan, RecordLocal
 from securefl.records import (
     EVALUATIONS,
@@ -144,6 +145,7 @@ def run(
     *,
     progress: Progress | None = None,
     sites: Path | None = None,
+    remote: Remote | None = None,
     exchange: Wrap | None = None,
     clients: Mapping[str, Replace] | None = None,
     report: bool = True,
@@ -152,6 +154,8 @@ def run(
 
     sites: a folder with one of each site's own in it (`securefl.site`): its policy, key, consents
     and ledger, which outlive the run. Sites then get a proposal first, and may refuse it.
+    remote: the same, where the sites are on machines of their own. What each has spent is then told
+    as the most that it can have, from the rounds that were begun.
 
     `exchange` wraps what carries messages and `clients` replaces sites: the one seam through which
     tests and attacks put an active server or a malicious site. Raises ConfigurationError for what
@@ -162,7 +166,8 @@ def run(
     if experiment.data.path is not None:  # so that the run can be resumed from anywhere
         data = experiment.data.model_copy(update={"path": experiment.data.path.absolute()})
         experiment = experiment.model_copy(update={"data": data})
-    job = _Job(experiment, progress or _Silent(), exchange, clients or {}, sites, report)
+    parts = (progress or _Silent(), exchange, clients or {}, sites, remote, report)
+    job = _Job(experiment, *parts)
     folder = _new_folder(experiment.name) if directory is None else Path(directory)
     with store.exclusive(folder):
         if (folder / EXPERIMENT).exists():
@@ -173,7 +178,9 @@ def run(
         return job.go(folder, latest=directory is None)
 
 
-def resume(directory: Path, *, progress: Progress | None = None) -> Run:
+def resume(
+    directory: Path, *, progress: Progress | None = None, remote: Remote | None = None
+) -> Run:
     """Continue the run in `directory` after its last finished round; a finished one is returned.
 
     The round that was interrupted counts as aborted: its number is not used again, and what sites
@@ -187,9 +194,24 @@ def resume(directory: Path, *, progress: Progress | None = None) -> Run:
         return Run(folder, history.summary)
     told = folder / SITES
     sites = Path(told.read_text(encoding="utf-8")) if told.exists() else None
-    job = _Job(history.experiment, progress or _Silent(), None, {}, sites)
+    job = _Job(history.experiment, progress or _Silent(), None, {}, sites, remote)
     with store.exclusive(folder):
         return job.go(folder)
+
+
+def check_remote(experiment: Experiment, sites: tuple[str, ...]) -> None:
+    """ConfigurationError unless sites on machines of their own can run `experiment`."""
+    if experiment.data.agreed is None or experiment.data.path is not None:
+        raise ConfigurationError(
+            'every site reads its own file here: say schema = "FILE" under [data], and no path'
+        )
+    if experiment.protocol.reveal == "sites":
+        raise ConfigurationError(
+            'protocol.reveal = "sites" is for simulations so far: with sites on machines of their '
+            'own say "server"'
+        )
+    if experiment.sites.names is None or sorted(experiment.sites.names) != sorted(sites):
+        raise ConfigurationError("sites.names must list the sites of the roster, and no other")
 
 
 class _Job:
@@ -202,6 +224,7 @@ class _Job:
         wrap: Wrap | None,
         replaced: Mapping[str, Replace],
         sites: Path | None = None,
+        remote: Remote | None = None,
         report: bool = True,
     ) -> None:
         self.experiment = experiment
@@ -211,6 +234,9 @@ class _Job:
         self.replaced = replaced
         self.tampered = tuple(sorted(replaced))
         self.sites = sites
+        self.remote = remote
+        if remote is not None:
+            check_remote(experiment, tuple(remote.roster))
         self.consortium = simulation.assemble(experiment)
         if sites is not None:
             simulation.check_folders(sites, self.consortium.sites)
@@ -220,7 +246,7 @@ class _Job:
                     "the file that its own site.toml names: take path out of [data], and say "
                     'sites.names = ["...", ...]'
                 )
-        elif None in self.consortium.sites.values():
+        elif None in self.consortium.sites.values() and remote is None:
             raise ConfigurationError(
                 "without data.path every site brings its own file: say where the sites' folders "
                 "are, --sites FOLDER"
@@ -267,7 +293,7 @@ class _Job:
         with self._engine(folder, session) as (roster, exchange):
             entered = self.progress.phase
             server = Server(self.experiment, roster, session, exchange, entered, self.plan)
-            if self.sites is not None:
+            if self.sites is not None or self.remote is not None:
                 self._propose(server, server_store.run(os.urandom))
             if latest:
                 _point_latest_at(folder)
@@ -453,7 +479,7 @@ class _Job:
         """Refuse to go on where the outputs would claim what was not so in the rounds before."""
         self._check_agreed(folder, saved.agreed)
         for site, charged in saved.charged.items():
-            if SiteStore(folder / "sites" / site).charged < charged:
+            if self.remote is None and SiteStore(folder / "sites" / site).charged < charged:
                 raise store.CorruptStoreError(
                     f"{folder / 'sites' / site} was charged for {charged} rounds and no longer "
                     "says so: restore it from a copy"
@@ -478,6 +504,9 @@ class _Job:
                 exchange = recorded(exchange, folder / "transcript", consent)
             return self.wrap(exchange) if self.wrap else exchange
 
+        if self.remote is not None:
+            yield self.remote.roster, wrapped(self.remote.exchange)
+            return
         if self.experiment.engine.workers:
             parts = (self.experiment, names, session, folder / "sites", self.sites)
             with Workers(*parts) as workers:
@@ -603,10 +632,16 @@ class _Job:
         return metrics
 
     def _charged(self, folder: Path) -> dict[str, int]:
-        """How many rounds each site was charged for, from its own durable count."""
+        """How many rounds each site was charged for, from its own durable count.
+
+        Where sites are on machines of their own: the most that an honest one can have been.
+        """
         if self.plan is None:
             return {}
         sites = self.consortium.sites
+        if self.remote is not None:
+            begun = ServerStore(folder).last_round - len(self._besides(folder))
+            return dict.fromkeys(sites, min(begun, self._most_rounds))
         return {site: SiteStore(folder / "sites" / site).charged for site in sites}
 
     def _spent(self, folder: Path) -> dict[str, float]:
@@ -621,13 +656,32 @@ class _Job:
 
     def _tested(self, folder: Path, site: str, plan: Plan) -> float:
         """Epsilon that test figures cost a site's test records, which no training reads."""
-        kept = SiteStore(folder / "sites" / site)
         counted = [
-            accounting.Repeated(release.event, kept.released(name))
-            for name, release in self.releases.items()
+            accounting.Repeated(release.event, self._released(folder, site, release))
+            for release in self.releases.values()
             if release.held_out
         ]
         return accounting.epsilon(counted, plan.delta)
+
+    def _released(self, folder: Path, site: str, release: Release) -> int:
+        """How often a site was charged for test figures; see `_charged`."""
+        if self.remote is None:
+            return SiteStore(folder / "sites" / site).released(release.name)
+        finished = len(_evaluations(folder))
+        aborted = (
+            ServerStore(folder).last_round - len(self._besides(folder)) - self._updates(folder)
+        )
+        return min(release.times, finished + aborted)
+
+    def _updates(self, folder: Path) -> int:
+        """How many rounds of training are on disk."""
+        return len(store.whole_lines(folder / METRICS))
+
+    @property
+    def _most_rounds(self) -> int:
+        """Of training, that a site agreed to: spare ones included."""
+        privacy = self.experiment.privacy
+        return self.experiment.rounds + (privacy.spare_rounds if privacy else 0)
 
     def _most_tested(self, folder: Path) -> float | None:
         """The same at the site that spent most; None where nothing protects test records."""

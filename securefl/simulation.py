@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -18,7 +18,7 @@ from securefl.data.tables import Task, near
 from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
-from securefl.site import SITE, Gate, open_ledger
+from securefl.site import SITE, Gate, Load, open_ledger
 from securefl.store import SiteStore
 
 
@@ -160,31 +160,52 @@ def gate(folder: Path, held: Records | None, run_folder: Path) -> Gate:
     held: its records; None where they are read from the site's own file.
     """
 
+    def load(experiment: Experiment) -> Records:
+        return held if held is not None else own_records(folder, experiment)
+
+    return _gate(folder, load, lambda run: run_folder)
+
+
+def deployed_gate(folder: Path, path: Path | None = None) -> Gate:
+    """The gate of a site on a machine of its own; a run's state is in `folder`/runs.
+
+    path: of its records; by default the one that its site.toml names.
+    """
+
+    def load(experiment: Experiment) -> Records:
+        return own_records(folder, experiment, path)
+
+    def run_folder(run: bytes) -> Path:
+        return folder / "runs" / run.hex() / "sites" / config.load_site(folder / SITE).name
+
+    return _gate(folder, load, run_folder)
+
+
+def _gate(folder: Path, load: Load, run_folder: Callable[[bytes], Path]) -> Gate:
     def make(
         experiment: Experiment, identity: Identity, session: bytes, run: bytes, records: Records
     ) -> Client:
         ledger = open_ledger(folder)
         try:
             holding = Holding(ledger, config.load_site(folder / SITE).data.id, run.hex())
-            return client(experiment, records, identity, session, run_folder, holding, folder)
+            kept = run_folder(run)
+            return client(experiment, records, identity, session, kept, holding, folder)
         except BaseException:
             ledger.close()
             raise
 
-    def load(experiment: Experiment) -> Records:
-        return held if held is not None else own_records(folder, experiment)
-
     return Gate(folder, load, make, tell=lambda line: print(line, file=sys.stderr))
 
 
-def own_records(folder: Path, experiment: Experiment) -> Frame:
+def own_records(folder: Path, experiment: Experiment, path: Path | None = None) -> Frame:
     """The rows in the file of the site in `folder`, as the experiment's schema reads them."""
     site, schema = config.load_site(folder / SITE), experiment.data.agreed
-    if site.data.path is None or schema is None:
+    path = path or site.data.path
+    if path is None or schema is None:
         raise ConfigurationError(
             f'{folder / SITE}: [data] names no path: say path = "FILE", where the records lie'
         )
-    return sources.load_frame(site.data.path, schema, site.name)
+    return sources.load_frame(path, schema, site.name)
 
 
 def check_folders(folder: Path, sites: Iterable[str]) -> None:

@@ -1,0 +1,157 @@
+"""One run on a consortium's server: how far it is, and what becomes of it when its job ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Protocol, final
+
+import msgspec
+
+from protocols.catalogue import UPLOAD
+from protocols.identity import Roster
+from securefl import agreement, config, runs
+from securefl.config import ConfigurationError, Experiment
+from securefl.deployment.kits import Kit
+from securefl.deployment.progress import (
+    RUNS,
+    RunProgress,
+    check_name,
+    read_progress,
+    write_progress,
+)
+from securefl.engines import Remote
+from securefl.records import EXPERIMENT, RoundRecord
+from securefl.server import PROPOSE
+
+DEADLINE: Final = 300.0
+"""Seconds for a phase in which nobody trains, where the experiment names none."""
+
+UPLOAD_DEADLINE: Final = 3600.0
+"""The same for a phase in which sites train or read their records."""
+
+
+class Job(Protocol):
+    """What a run needs of FLARE's job: see `controller.RoundController`."""
+
+    @property
+    def job(self) -> str: ...
+    @property
+    def sites(self) -> tuple[str, ...]: ...
+    @property
+    def gives_way(self) -> bool: ...
+    @property
+    def stops(self) -> bool: ...
+    def exchange(
+        self, phase: str, messages: Mapping[str, bytes], deadline: float, proposal: bool = False
+    ) -> dict[str, bytes]: ...
+
+
+class GivesWayError(Exception):
+    """The job ends between two rounds, so that the next one counts late sites in."""
+
+
+class StoppedError(Exception):
+    """A person ended the run between two rounds."""
+
+
+def conduct(kit_folder: Path, name: str, experiment_text: str, job: Job) -> None:
+    """The run `name`: begun with `experiment_text`, or gone on with where its folder is there.
+
+    What becomes of it is in its folder (`RunProgress`), and not in what this returns.
+    """
+    kit = Kit.load(kit_folder)
+    folder = kit.folder / RUNS / check_name(name)
+    begun = (folder / EXPERIMENT).exists()
+    if begun:
+        experiment = config.load(folder / EXPERIMENT)
+    elif experiment_text:
+        experiment = config.parse(experiment_text, origin="the submitted experiment")
+    else:
+        raise ConfigurationError(f"there is no run {name} to go on with")
+    _Conducted(kit, folder, experiment, job).go(begun)
+
+
+@final
+class _Conducted:
+    """One run in one job. Implements `securefl.runs.Progress`."""
+
+    def __init__(self, kit: Kit, folder: Path, experiment: Experiment, job: Job) -> None:
+        self._folder, self._job = folder, job
+        names = experiment.sites.names or tuple(kit.roster)
+        strangers = sorted(set(names) - set(kit.roster))
+        if strangers:
+            raise ConfigurationError(f"{strangers[0]} is not in the consortium's roster")
+        self._roster = Roster({site: kit.roster.keys[site] for site in names})
+        before = read_progress(folder)
+        jobs = before.jobs if before is not None else 0
+        self._experiment = _with_names(experiment, names)
+        self._told = RunProgress(
+            version=1,
+            state="running",
+            rounds=experiment.rounds,
+            names=tuple(self._roster),
+            least=agreement.thresholds(experiment, len(names)).minimum,
+            job=job.job,
+            jobs=jobs + 1,
+        )
+
+    def go(self, begun: bool) -> None:
+        """Train until the run is finished or cannot go on now, and say which."""
+        self._say()
+        try:
+            remote = Remote(self._roster, self._exchange)
+            if begun:
+                runs.resume(self._folder, progress=self, remote=remote)
+            else:
+                runs.run(self._experiment, self._folder, progress=self, remote=remote)
+            self._say(state="finished", phase="")
+        except StoppedError:
+            self._say(state="stopped", reason="stopped by a person")
+        except GivesWayError:
+            self._say(state="interrupted", reason="more sites came: the next job counts them in")
+        except (runs.RunFailedError, ConfigurationError) as error:
+            few = isinstance(error, runs.RunFailedError) and self._few()
+            self._say(state="waiting" if few else "failed", reason=str(error))
+            if not few:
+                raise
+        except BaseException as error:
+            self._say(state="interrupted", reason=f"{type(error).__name__}: {error}")
+            raise
+
+    def _few(self) -> bool:
+        """Whether fewer sites answer than a sum needs."""
+        return len(self._job.sites) < self._told.least
+
+    def _exchange(self, phase: str, messages: Mapping[str, bytes]) -> dict[str, bytes]:
+        engine = self._experiment.engine
+        longest = UPLOAD_DEADLINE if phase in (UPLOAD, PROPOSE) else DEADLINE
+        deadline = engine.deadline or longest
+        return self._job.exchange(phase, messages, deadline, phase == PROPOSE)
+
+    def started(self, rounds: int, done: int) -> None:
+        """The run begins, or continues after `done` of `rounds` rounds."""
+        self._say(rounds=rounds, done=done)
+
+    def phase(self, round_number: int, phase: str) -> None:
+        """A phase of a round begins."""
+        self._say(round=round_number, phase=phase)
+
+    def finished(self, record: RoundRecord) -> None:
+        """A round is finished and on disk: the one place where a run may stop and lose nothing."""
+        self._say(done=record.update)
+        if self._job.stops:
+            raise StoppedError
+        if self._job.gives_way:
+            raise GivesWayError
+
+    def _say(self, **changes: object) -> None:
+        here = {"sites": self._job.sites, **changes}
+        self._told = msgspec.structs.replace(self._told, **here)
+        write_progress(self._folder, self._told)
+
+
+def _with_names(experiment: Experiment, names: tuple[str, ...]) -> Experiment:
+    """With the sites named, where it names none: those of the roster."""
+    sites = experiment.sites.model_copy(update={"names": tuple(sorted(names)), "count": None})
+    return experiment.model_copy(update={"sites": sites})

@@ -1,0 +1,167 @@
+"""What FLARE runs at the server: a whole run, from its first round or its last checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+
+from securefl.deployment.executor import HOLD, TOPIC
+from securefl.deployment.progress import AGAIN, RUNS, STATUS, STOP, read_progress
+
+PATIENCE: Final = 40.0
+"""Seconds without a sign of life after which a site has dropped out of the phase."""
+
+PING: Final = 2.0
+"""Seconds that a site which dropped out has to say that it is back."""
+
+
+class JobEndedError(Exception):
+    """FLARE ends the job, or it gives way to the next one: the run goes on from its checkpoint."""
+
+
+class RoundController(Controller):  # type: ignore[misc]
+    """Runs `experiment` (TOML) as `run`, or goes on with it where its folder is there already."""
+
+    def __init__(self, run: str = "", experiment: str = "") -> None:
+        super().__init__(task_check_period=0.5)
+        self._run = run
+        self._experiment = experiment
+        self._ended = Signal()
+        self._give_way = threading.Event()
+        self._stop = threading.Event()
+        self._away: set[str] = set()
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """Nothing to begin before the run does."""
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """The run's state is on disk after every round."""
+
+    def process_result_of_unknown_task(
+        self,
+        client: Any,
+        task_name: str,
+        client_task_id: str,
+        result: Shareable,
+        fl_ctx: FLContext,
+    ) -> None:
+        """Tasks are not used."""
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """The run, to its end or to where it has to stop."""
+        from securefl.deployment import conduct
+
+        self._ended, self._fl_ctx = abort_signal, fl_ctx
+        engine = fl_ctx.get_engine()
+        for topic, answer in (
+            (AGAIN, self._on_again),
+            (STOP, self._on_stop),
+            (STATUS, self._on_status),
+        ):
+            engine.register_app_command(topic, answer)
+        self._kit = Path(engine.get_workspace().get_root_dir()).parent
+        conduct.conduct(self._kit, self._run, self._experiment, self)
+
+    @property
+    def job(self) -> str:
+        return str(self._fl_ctx.get_job_id())
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that take part in this job, but for those that fell silent."""
+        names = {client.name for client in self._fl_ctx.get_engine().get_clients()}
+        return tuple(sorted(names - self._away))
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether the job is to end after this round."""
+        return self._give_way.is_set()
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end after this round, for good."""
+        return self._stop.is_set()
+
+    def _on_again(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
+        self._give_way.set()
+        return {"status": "ok"}
+
+    def _on_stop(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
+        self._stop.set()
+        return {"status": "ok"}
+
+    def _on_status(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
+        told = read_progress(self._kit / RUNS / self._run)
+        return {} if told is None else dict(msgspec.to_builtins(told))
+
+    def check(self) -> None:
+        """JobEndedError where the job is over."""
+        if self._ended.triggered:
+            raise JobEndedError("FLARE ended the job")
+
+    def exchange(
+        self, phase: str, messages: Mapping[str, bytes], deadline: float, proposal: bool = False
+    ) -> dict[str, bytes]:
+        """Ask the sites all at once; who is silent or later than `deadline` seconds is left out."""
+        self.check()
+        in_job = {client.name for client in self._fl_ctx.get_engine().get_clients()}
+        present = sorted(in_job & set(messages))
+        if not present:
+            return {}
+        end = time.monotonic() + deadline
+        with ThreadPoolExecutor(len(present)) as threads:
+            asked = {
+                site: threads.submit(self._ask, site, messages[site], end, proposal)
+                for site in present
+            }
+            replies = {site: reply.result() for site, reply in asked.items()}
+        self.check()
+        return {site: reply for site, reply in replies.items() if reply is not None}
+
+    def _ask(self, site: str, data: bytes, end: float, proposal: bool) -> bytes | None:
+        """One site's reply; None where it is away or late."""
+        if site in self._away:
+            if self._tell(site, Shareable(), PING) is None:
+                return None
+            self._away.discard(site)
+        digest = hashlib.sha256(data).digest()
+        whole = Shareable({"hash": digest, "data": data, "proposal": proposal})
+        poll = Shareable({"hash": digest})
+        told, heard = whole, time.monotonic()
+        while (now := time.monotonic()) < end and not self._ended.triggered:
+            reply = self._tell(site, told, min(HOLD + 10, max(1.0, end - now)))
+            if reply is None:
+                if time.monotonic() - heard > PATIENCE:
+                    self._away.add(site)
+                    return None
+                time.sleep(0.1)
+                continue
+            heard = time.monotonic()
+            if "data" in reply:
+                return bytes(reply["data"])
+            told = whole if reply.get("unknown") else poll
+        return None
+
+    def _tell(self, site: str, request: Shareable, timeout: float) -> Shareable | None:
+        """What the site's executor says; None where it says nothing, or that it failed."""
+        engine = self._fl_ctx.get_engine()
+        with engine.new_context() as context:
+            # A copy: FLARE writes headers into what it sends.
+            parts = ([site], TOPIC, Shareable(request), timeout, context)
+            replies = engine.send_aux_request(*parts, optional=True) or {}
+        reply = replies.get(site)
+        if reply is None or reply.get_return_code() != ReturnCode.OK:
+            return None
+        return reply

@@ -1,0 +1,346 @@
+"""The processes of one participant: FLARE's, hardened, and a site's own service; kept running.
+
+What FLARE reads from flare/local is written afresh from this file at every start: a job may name
+two classes of ours and nothing else, code never travels, logs stay where they are, and everything
+that is stored lies in the kit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+from securefl import store
+from securefl.config import ConfigurationError
+from securefl.deployment.kits import Kit
+
+CLASSES: Final = (
+    "securefl.deployment.controller.RoundController",
+    "securefl.deployment.executor.SiteExecutor",
+)
+"""All that a job may name."""
+
+HEARTBEAT: Final = 60
+"""Seconds without a heartbeat after which FLARE's server forgets a site until it is back."""
+
+_MARK: Final = "SECUREFL_KIT"
+_LONGEST_WAIT: Final = 30.0
+
+
+def prepare(kit: Kit, classes: Sequence[str] = CLASSES) -> None:
+    """Write FLARE's local configuration into the kit, hardened."""
+    local = kit.flare / "local"
+    for folder in (kit.flare / "transfer", kit.flare / "tmp", kit.folder / "logs"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    server = kit.role == "server"
+    resources = (_server_resources if server else _site_resources)(kit, classes)
+    _write(local / "resources.json", resources)
+    _write(local / "authorization.json", _authorization(server))
+    _write(local / "comm_config.json", {"allow_adhoc_conns": False, "backbone_conn_gen": 2})
+    _write(local / "log_config.json", _LOGS)
+
+
+def _write(path: Path, value: object) -> None:
+    store.write(path, json.dumps(value, indent=1).encode())
+
+
+def _hardened(classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "format_version": 2,
+        "class_list_enforcement_mode": "enforce",
+        "class_allow_list": list(classes),
+        # Otherwise a site's error log goes to the server.
+        "allow_log_streaming": False,
+    }
+
+
+def _server_resources(kit: Kit, classes: Sequence[str]) -> dict[str, Any]:
+    common = "nvflare.app_common"
+    storage = f"{common}.storages.filesystem_storage.FilesystemStorage"
+    persistor = f"{common}.state_persistors.storage_state_persistor.StorageStatePersistor"
+    return {
+        **_hardened(classes),
+        "servers": [
+            {
+                "admin_storage": "transfer",
+                "max_num_clients": 10_000,
+                "heart_beat_timeout": HEARTBEAT,
+                "admin_timeout": 10.0,
+            }
+        ],
+        # By default both lie in the system's folder for temporary files.
+        "snapshot_persistor": {
+            "path": persistor,
+            "args": {
+                "uri_root": "/",
+                "storage": {
+                    "path": storage,
+                    "args": {"root_dir": str(kit.flare / "snapshots"), "uri_root": "/"},
+                },
+            },
+        },
+        "components": [
+            {
+                "id": "job_scheduler",
+                "path": f"{common}.job_schedulers.job_scheduler.DefaultJobScheduler",
+                "args": {"max_jobs": 4, "min_schedule_interval": 0.5, "max_schedule_interval": 5.0},
+            },
+            {
+                "id": "job_manager",
+                "path": "nvflare.apis.impl.job_def_manager.SimpleJobDefManager",
+                "args": {"uri_root": str(kit.flare / "jobs"), "job_store_id": "job_store"},
+            },
+            {"id": "job_store", "path": storage},
+            {
+                "id": "process_launcher",
+                "path": f"{common}.job_launcher.server_process_launcher.ServerProcessJobLauncher",
+                "args": {},
+            },
+        ],
+    }
+
+
+def _site_resources(kit: Kit, classes: Sequence[str]) -> dict[str, Any]:
+    common = "nvflare.app_common"
+    gpus = f"{common}.resource_managers.gpu_resource_manager.GPUResourceManager"
+    consumer = f"{common}.resource_consumers.gpu_resource_consumer.GPUResourceConsumer"
+    launcher = f"{common}.job_launcher.client_process_launcher.ClientProcessJobLauncher"
+    none = {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0, "expiration_period": 300}
+    return {
+        **_hardened(classes),
+        "client": {"retry_timeout": 30, "communication_timeout": 30},
+        "components": [
+            {"id": "resource_manager", "path": gpus, "args": none},
+            {"id": "resource_consumer", "path": consumer, "args": {}},
+            {"id": "process_launcher", "path": launcher, "args": {}},
+        ],
+    }
+
+
+def _authorization(server: bool) -> dict[str, Any]:
+    """Who may do what here: the administrator, and the steward, who only submits jobs again."""
+    nothing = {
+        "submit_job": "none",
+        "clone_job": "none",
+        "manage_job": "none",
+        "download_job": "none",
+        "view": "none",
+        "operate": "none",
+        "shell_commands": "none",
+        "byoc": "none",
+        "server-predeployed-flwr": "none",
+    }
+    administrator = {**nothing, "submit_job": "any"}
+    steward = dict(administrator)
+    if server:
+        administrator |= {"manage_job": "any", "download_job": "any", "view": "any"}
+        administrator |= {"operate": "any"}
+        steward |= {"manage_job": "any", "view": "any", "operate": "any"}
+    return {
+        "format_version": "1.0",
+        "permissions": {
+            "project_admin": administrator,
+            "lead": steward,
+            "org_admin": nothing,
+            "member": nothing,
+        },
+    }
+
+
+_LOGS: Final = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "plain": {
+            "()": "nvflare.fuel.utils.log_utils.BaseFormatter",
+            "fmt": "%(asctime)s - %(name)s - %(levelname)s - %(message)s",
+        }
+    },
+    "handlers": {
+        "console": {
+            "class": "logging.StreamHandler",
+            "formatter": "plain",
+            "stream": "ext://sys.stdout",
+        }
+    },
+    "loggers": {"root": {"level": "INFO", "handlers": ["console"]}},
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One process to keep running: its log is logs/NAME.log in the kit."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def programs(kit: Kit, site: Path | None = None, data: Path | None = None) -> tuple[Program, ...]:
+    """What runs for a participant. site: the folder of site.toml. data: the records' file."""
+    python = (sys.executable, "-P", "-u", "-m")
+    fed = "nvflare.private.fed.app."
+    module = "server.server_train" if kit.role == "server" else "client.client_train"
+    start = "fed_server.json" if kit.role == "server" else "fed_client.json"
+    settings = ["secure_train=true", "config_folder=config", "org=securefl"]
+    if kit.role == "site":
+        settings.append(f"uid={kit.name}")
+    flare = Program(
+        "flare",
+        (*python, fed + module, "-m", str(kit.flare), "-s", start, "--set", *settings),
+    )
+    if kit.role == "server":
+        return (flare,)
+    told = (str(kit.folder), str(site or kit.folder), *([str(data)] if data else []))
+    return Program("service", (*python, "securefl.deployment.service", *told)), flare
+
+
+def keep_running(
+    kit: Kit,
+    wanted: Sequence[Program],
+    tell: Callable[[str], None],
+    beat: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the programs until SIGTERM or SIGINT, and start again what ends; `beat` twice a second.
+
+    ConfigurationError when the kit is in use already. What an earlier supervisor that was killed
+    left running is ended first.
+    """
+    with store.exclusive(kit.folder / "supervisor"):
+        end_all(kit)
+        store.write(kit.folder / "supervisor" / "pid", str(os.getpid()).encode())
+        stopping = _stop_signals()
+        running = [_Kept(kit, program) for program in wanted]
+        try:
+            while not stopping:
+                for kept in running:
+                    kept.look(tell)
+                beat()
+                time.sleep(0.5)
+        finally:
+            end_all(kit)
+            (kit.folder / "supervisor" / "pid").unlink(missing_ok=True)
+
+
+def _stop_signals() -> list[int]:
+    """A list that is empty until a signal to stop came."""
+    came: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: came.append(number))
+    return came
+
+
+@final
+class _Kept:
+    """A program, its process, and how long to wait before it is started again."""
+
+    def __init__(self, kit: Kit, program: Program) -> None:
+        self._kit, self._program = kit, program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._wait = 0.0
+
+    def look(self, tell: Callable[[str], None]) -> None:
+        """Start it, where it does not run and its time has come."""
+        now = time.monotonic()
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+            tell(f"{self._program.name} ended with {self._process.returncode}: starting it again")
+            self._process = None
+            quick = now - self._started < 10
+            self._wait = min(_LONGEST_WAIT, max(1.0, 2 * self._wait)) if quick else 0.0
+        if now < self._started + self._wait:
+            return
+        path = self._kit.folder / "logs" / f"{self._program.name}.log"
+        _rotate(path)
+        with path.open("ab") as log:
+            path.chmod(0o600)
+            self._process = subprocess.Popen(
+                self._program.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._kit.folder,
+                env=_environment(self._kit),
+                start_new_session=True,
+            )
+        self._started = now
+
+
+def _environment(kit: Kit) -> dict[str, str]:
+    return {
+        **os.environ,
+        _MARK: str(kit.folder.resolve()),
+        # What lies in the working folder is not imported, by FLARE's own processes either.
+        "PYTHONSAFEPATH": "1",
+        "TMPDIR": str(kit.flare / "tmp"),
+    }
+
+
+def _rotate(path: Path, most: int = 20 << 20) -> None:
+    """Keep one older log beside a new one."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > most:
+            path.replace(path.with_suffix(".1.log"))
+
+
+def supervisor(kit: Kit) -> int | None:
+    """The process that keeps the kit's others running, where there is one."""
+    try:
+        pid = int((kit.folder / "supervisor" / "pid").read_text())
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return None
+    return pid
+
+
+def processes(kit: Kit) -> Iterator[Any]:
+    """Every process that was started for the kit (psutil.Process), those of FLARE's jobs too."""
+    import psutil
+
+    marked = str(kit.folder.resolve())
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == marked and process.pid != os.getpid():
+                yield process
+
+
+def end_all(kit: Kit, patience: float = 3.0) -> None:
+    """End every process that was started for the kit."""
+    import psutil
+
+    found = list(processes(kit))
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(found, timeout=patience)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=patience)
+
+
+def stop(kit: Kit, patience: float = 20.0) -> bool:
+    """End the supervisor and all it keeps running; whether there was any."""
+    pid = supervisor(kit)
+    if pid is None:
+        left = any(True for _ in processes(kit))
+        end_all(kit)
+        return left
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + patience
+    while supervisor(kit) is not None:
+        if time.monotonic() > end:
+            raise ConfigurationError(f"process {pid} does not stop: kill -9 {pid}")
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,246 @@
+"""Keeps a consortium's runs going: at its server, with rights to submit jobs and nothing more.
+
+FLARE's jobs end with the process that ran them, and a site that came late is in the next job only.
+So an interrupted run gets a new job, which goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, final
+
+import msgspec
+
+from securefl.config import ConfigurationError
+from securefl.deployment import nodes
+from securefl.deployment.kits import Kit
+from securefl.deployment.progress import (
+    AGAIN,
+    RUNS,
+    RunProgress,
+    check_name,
+    every_run,
+    write_progress,
+)
+
+MOST_JOBS: Final = 5
+"""A run fails after this many jobs in a row that finished no round."""
+
+SETTLE: Final = 3.0
+"""Seconds that the set of connected sites must not have changed before a run goes on."""
+
+
+@final
+class Session:
+    """A connection to FLARE's server in the name of an administrator or a steward."""
+
+    def __init__(self, kit: Kit, timeout: float = 10.0) -> None:
+        """Raises ConfigurationError where the server does not let `kit` in, or is not there."""
+        from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+        self.kit = kit
+        (kit.flare / "transfer").mkdir(mode=0o700, exist_ok=True)
+        (kit.flare / "local").mkdir(mode=0o700, exist_ok=True)
+        try:
+            with _quiet():
+                parts = (kit.name, str(kit.flare))
+                self._session = new_secure_session(*parts, timeout=timeout, auto_login_max_tries=1)
+        except Exception as error:
+            raise ConfigurationError(
+                f"the server at {kit.host}:{kit.port} does not let {kit.name} in "
+                f"({type(error).__name__}: {error}): `securefl doctor {kit.folder}` looks why"
+            ) from None
+
+    def close(self) -> None:
+        """Leave."""
+        with _quiet(), contextlib.suppress(Exception):
+            self._session.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def connected(self) -> tuple[str, ...]:
+        """The sites that are connected to the server."""
+        with _quiet():
+            return tuple(sorted(c.name for c in self._session.get_connected_client_list()))
+
+    def submit(self, run: str, experiment: str, least: int) -> str:
+        """A job for `run`; with an empty `experiment` it goes on from its checkpoint. Its id."""
+        check_name(run)
+        folder = self.kit.flare / "transfer" / run
+        try:
+            write_job(folder, run, experiment, least)
+            with _quiet():
+                return str(self._session.submit_job(str(folder)))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def status(self, job: str) -> str:
+        """What FLARE says of a job, such as RUNNING or FINISHED:COMPLETED."""
+        with _quiet():
+            return str(self._session.get_job_status(job))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Every job that FLARE's server knows."""
+        with _quiet():
+            return list(self._session.list_jobs())
+
+    def give_way(self, job: str) -> None:
+        """Ask a running job to end after its round."""
+        with _quiet():
+            self._session.do_app_command(job, AGAIN, {})
+
+    def abort(self, job: str) -> None:
+        """End a job at once."""
+        with _quiet():
+            self._session.abort_job(job)
+
+    def disable(self, site: str) -> None:
+        """Shut a revoked site out."""
+        with _quiet():
+            self._session.disable_client(site)
+
+    def command(self, job: str, topic: str, data: dict[str, Any]) -> dict[str, Any]:
+        """What a running job answers to a command of ours."""
+        with _quiet():
+            return dict(self._session.do_app_command(job, topic, data))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """FLARE's client prints what it does."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def write_job(folder: Path, run: str, experiment: str, least: int) -> None:
+    """A FLARE job that names our two classes and holds no code."""
+    shutil.rmtree(folder, ignore_errors=True)
+    config_folder = folder / "app" / "config"
+    config_folder.mkdir(parents=True)
+    controller, executor = nodes.CLASSES
+    told = {"run": run, "experiment": experiment}
+    meta = {
+        "name": run,
+        "resource_spec": {},
+        "deploy_map": {"app": ["@ALL"]},
+        "min_clients": least,
+    }
+    server = {
+        "format_version": 2,
+        "workflows": [{"id": "run", "path": controller, "args": told}],
+        "components": [],
+        "dead_client_grace_period": 60.0,
+        "dead_client_check_lead_time": 30.0,
+    }
+    client = {
+        "format_version": 2,
+        "executors": [{"tasks": ["*"], "executor": {"path": executor, "args": {}}}],
+        "task_result_filters": [],
+        "task_data_filters": [],
+        "components": [],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (config_folder / "config_fed_server.json").write_text(json.dumps(server))
+    (config_folder / "config_fed_client.json").write_text(json.dumps(client))
+
+
+@final
+class Steward:
+    """Looks after the runs of a server's kit; `beat` does what is due."""
+
+    def __init__(self, kit: Kit, tell: Callable[[str], None], every: float = 1.0) -> None:
+        self._kit, self._tell, self._every = kit, tell, every
+        self._session: Session | None = None
+        self._due = 0.0
+        self._submitted: dict[str, str] = {}
+        self._fruitless: dict[str, tuple[int, int]] = {}
+        self._seen: tuple[str, ...] = ()
+        self._since = 0.0
+        self._asked: set[str] = set()
+
+    def beat(self) -> None:
+        """Submit interrupted runs again, and make room for late sites; not more often than due."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + self._every
+        unfinished = {
+            name: progress
+            for name, progress in every_run(self._kit.folder).items()
+            if not progress.over
+        }
+        if not unfinished:
+            return
+        try:
+            self._look_after(unfinished, now)
+        except Exception as error:  # FLARE's server may be down, or FLARE's client in any state
+            self._leave()
+            self._due = now + 5 * self._every
+            if not isinstance(error, ConfigurationError):
+                self._tell(f"the steward starts over: {type(error).__name__}: {error}")
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _look_after(self, unfinished: dict[str, RunProgress], now: float) -> None:
+        if self._session is None:
+            self._session = Session(Kit.load(self._kit.folder / "steward"))
+        connected = self._session.connected()
+        if connected != self._seen:
+            self._seen, self._since = connected, now
+        alive = {
+            str(job.get("job_id"))
+            for job in self._session.jobs()
+            if str(job.get("status")) in ("RUNNING", "SUBMITTED", "DISPATCHED", "APPROVED")
+        }
+        settled = now - self._since >= SETTLE
+        for name, progress in unfinished.items():
+            job = self._submitted.get(name, progress.job)
+            if job in alive and self._lives(job, progress):
+                late = (set(connected) & set(progress.names)) - set(progress.sites)
+                if late and settled and progress.job == job and job not in self._asked:
+                    self._asked.add(job)
+                    self._tell(f"{name}: {', '.join(sorted(late))} came: counted in from the next")
+                    self._session.give_way(job)
+            elif settled:
+                self._go_on(name, progress, connected)
+
+    def _lives(self, job: str, progress: RunProgress) -> bool:
+        """Whether a job that FLARE calls running does: a killed server leaves them so for ever."""
+        running = {part for process in nodes.processes(self._kit) for part in process.cmdline()}
+        return job in running or progress.job != job
+
+    def _go_on(self, name: str, progress: RunProgress, connected: tuple[str, ...]) -> None:
+        present = set(connected) & set(progress.names)
+        folder = self._kit.folder / RUNS / name
+        if len(present) < progress.least:
+            if progress.state != "waiting":
+                asked = f"{len(progress.names)} sites are connected, {progress.least} are needed"
+                reason = f"{len(present)} of {asked}"
+                told = msgspec.structs.replace(progress, state="waiting", reason=reason)
+                write_progress(folder, told)
+            return
+        done, count = self._fruitless.get(name, (progress.done, 0))
+        count = count + 1 if done == progress.done else 1
+        self._fruitless[name] = progress.done, count
+        if count > MOST_JOBS:
+            reason = f"{MOST_JOBS} jobs in a row finished no round, the last: {progress.reason}"
+            told = msgspec.structs.replace(progress, state="failed", reason=reason)
+            write_progress(folder, told)
+            self._tell(f"{name}: {reason}")
+            return
+        assert self._session is not None  # noqa: S101 - `_look_after` opened it
+        self._submitted[name] = self._session.submit(name, "", progress.least)
+        self._tell(f"{name}: goes on from update {progress.done} with {', '.join(sorted(present))}")

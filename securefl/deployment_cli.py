@@ -1,0 +1,322 @@
+"""`securefl server`, `site start`, `submit`, `status`, `logs`, `stop`: a consortium at work."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from securefl import config
+from securefl.config import ConfigurationError
+from securefl.terminal import Format, OneLineErrors, print_json, say
+
+# FLARE and torch are imported where they are used, as in securefl.cli.
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from rich.table import Table
+
+    from securefl.deployment.kits import Kit
+    from securefl.deployment.progress import RunProgress
+    from securefl.deployment.steward import Session
+
+server = typer.Typer(
+    cls=OneLineErrors, no_args_is_help=True, help="A consortium's server: relays and adds."
+)
+
+KitFolder = Annotated[Path, typer.Argument(metavar="KIT", help="The participant's folder.")]
+AdministratorKit = Annotated[
+    Path, typer.Option("--kit", metavar="KIT", help="The administrator's kit.")
+]
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.")]
+
+
+@server.callback()
+def _server() -> None:
+    """A consortium's server: relays and adds."""
+
+
+@server.command()
+def start(kit_folder: KitFolder) -> None:
+    """Run the server until it is stopped (Ctrl-C, SIGTERM or `securefl stop KIT`)."""
+    from securefl.deployment import nodes
+    from securefl.deployment.steward import Steward
+
+    kit = _ready(kit_folder, "server")
+    nodes.prepare(kit)
+    say(f"server of {kit.consortium} on {kit.bind}; logs in {kit.folder / 'logs'}")
+    steward = Steward(kit, say)
+    nodes.keep_running(kit, nodes.programs(kit), say, steward.beat)
+    say("stopped")
+
+
+def start_site(
+    kit_folder: KitFolder,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The records; by default what site.toml names."),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="site.toml",
+            help="What the site permits, in the folder with its key and ledger; by default in KIT.",
+        ),
+    ] = None,
+) -> None:
+    """Take part with this site until it is stopped. It only dials out."""
+    from securefl.deployment import nodes
+
+    kit = _ready(kit_folder, "site")
+    own = _own_folder(kit, policy)
+    if data is not None and not data.exists():
+        raise ConfigurationError(f"--data {data} is not there: name the file with the records")
+    nodes.prepare(kit)
+    say(
+        f"{kit.name} of {kit.consortium}, to {kit.host}:{kit.port}; policy {own / 'site.toml'}; "
+        f"logs in {kit.folder / 'logs'}"
+    )
+    absolute = data.absolute() if data is not None else None
+    nodes.keep_running(kit, nodes.programs(kit, own.absolute(), absolute), say)
+    say("stopped")
+
+
+def submit(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="What to run.")],
+    kit_folder: AdministratorKit,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the experiment."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the run is called.  [default: NAME-DATE-TIME]")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait until it is over.")] = False,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Propose a run to the consortium: every site decides for itself."""
+    from securefl.deployment.steward import Session
+
+    kit = _ready(kit_folder, "administrator")
+    wanted, least = _proposed(config.load(experiment, settings or ()), kit)
+    run = name or f"{wanted.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    with Session(kit) as session:
+        connected = session.connected()
+        job = session.submit(run, wanted.dump(), least)
+        if output is Format.json:
+            print_json({"run": run, "job": job, "connected": connected})
+        else:
+            typer.echo(f"run {run}\nconnected now: {', '.join(connected) or 'no site'}")
+            where = shlex.quote(str(kit_folder))
+            typer.echo(f"how far it is: securefl status {where}")
+        if follow:
+            _follow(session, run, job)
+
+
+def _proposed(experiment: config.Experiment, kit: Kit) -> tuple[config.Experiment, int]:
+    """The experiment with its sites named, tried here, and how many sites a sum needs."""
+    from securefl import agreement, simulation
+    from securefl.runs import check_remote
+
+    names = experiment.sites.names or tuple(kit.roster)
+    strangers = sorted(set(names) - set(kit.roster))
+    if strangers:
+        raise ConfigurationError(
+            f"sites.names lists {strangers[0]}, which is not in {kit.consortium}: its sites are "
+            f"{', '.join(kit.roster)}"
+        )
+    sites = experiment.sites.model_copy(update={"names": tuple(sorted(names)), "count": None})
+    experiment = experiment.model_copy(update={"sites": sites})
+    check_remote(experiment, names)
+    simulation.assemble(experiment)
+    return experiment, agreement.thresholds(experiment, len(names)).minimum
+
+
+def _follow(session: Session, run: str, job: str) -> None:
+    """Say what becomes of a run until FLARE's job is over."""
+    from securefl.deployment.progress import STATUS
+
+    before = ""
+    while not (state := session.status(job)).startswith("FINISHED"):
+        try:
+            told = session.command(job, STATUS, {})
+        except Exception:  # the job is starting, or just over
+            told = {}
+        line = f"{run}: update {told['done']} of {told['rounds']}" if told else f"{run}: {state}"
+        if line != before:
+            say(line)
+        before = line
+        time.sleep(1)
+    say(f"{run}: the job is over ({state.partition(':')[2].lower() or state})")
+
+
+def status(kit_folder: KitFolder, output: OutputFormat = Format.text) -> None:
+    """What runs, who is connected, and how far each run is."""
+    from securefl.deployment import nodes
+    from securefl.deployment.kits import Kit
+    from securefl.deployment.progress import every_run
+
+    kit = Kit.load(kit_folder)
+    told: dict[str, object] = {"kit": kit.name, "role": str(kit.role)}
+    runs: Mapping[str, RunProgress] = {}
+    if kit.role == "administrator":
+        told["connected"], runs = _asked(kit)
+    else:
+        told["running"] = nodes.supervisor(kit) is not None
+        if kit.role == "server":
+            runs = every_run(kit.folder)
+    if output is Format.json:
+        print_json(told | {"runs": runs})
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if "running" in told:
+        going = "running" if told["running"] else "not running"
+        console.print(f"{kit.name} of {kit.consortium}: {going}", markup=False)
+    connected = told.get("connected")
+    if isinstance(connected, tuple):
+        console.print(f"connected: {', '.join(connected) or 'no site'}", markup=False)
+    if runs:
+        console.print(_runs_table(runs))
+
+
+def _asked(kit: Kit) -> tuple[tuple[str, ...], dict[str, RunProgress]]:
+    """Who is connected to the server, and how far the runs are that have a job."""
+    import msgspec
+
+    from securefl.deployment.progress import STATUS, RunProgress
+    from securefl.deployment.steward import Session
+
+    runs = {}
+    with Session(kit) as session:
+        connected = session.connected()
+        for job in session.jobs():
+            if str(job.get("status")) == "RUNNING":
+                told = session.command(str(job["job_id"]), STATUS, {})
+                runs[str(job["job_name"])] = msgspec.convert(told, RunProgress, strict=False)
+    return connected, runs
+
+
+def _runs_table(runs: Mapping[str, RunProgress]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("run", "state", "updates", "phase", "sites", "since"):
+        table.add_column(heading, overflow="fold")
+    for name, run in runs.items():
+        state = (
+            run.state if not run.reason or run.state == "running" else f"{run.state}: {run.reason}"
+        )
+        table.add_row(
+            Text(name),
+            Text(state),
+            f"{run.done}/{run.rounds}",
+            f"{run.round} {run.phase}".strip() if run.state == "running" else "",
+            f"{len(run.sites)}/{len(run.names)}",
+            run.at.removesuffix("+00:00").replace("T", " "),
+        )
+    return table
+
+
+def logs(
+    kit_folder: KitFolder,
+    lines: Annotated[int, typer.Option(min=1, help="How many of each log.")] = 30,
+) -> None:
+    """The last lines of the kit's logs."""
+    from securefl.deployment.kits import Kit
+
+    kit = Kit.load(kit_folder)
+    found = sorted((kit.folder / "logs").glob("*.log"))
+    if not found:
+        raise ConfigurationError(f"{kit.folder / 'logs'} holds no log: nothing was started yet")
+    for path in found:
+        typer.echo(f"== {path}")
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:
+            typer.echo("".join(c for c in line if c.isprintable()))
+
+
+def stop(
+    kit_folder: KitFolder,
+    run: Annotated[
+        str | None, typer.Option(help="End this run after its round, and nothing else.")
+    ] = None,
+) -> None:
+    """Stop what `server start` or `site start` began; or, with an administrator's kit, a run."""
+    from securefl.deployment import nodes
+    from securefl.deployment.kits import Kit
+
+    kit = Kit.load(kit_folder)
+    if run is not None:
+        _stop_run(kit, run)
+    elif kit.role == "administrator":
+        raise ConfigurationError("an administrator's kit runs nothing: say --run NAME")
+    elif not nodes.stop(kit):
+        say(f"{kit.name} was not running")
+
+
+def _stop_run(kit: Kit, run: str) -> None:
+    from securefl.deployment.progress import STOP
+    from securefl.deployment.steward import Session
+
+    if kit.role != "administrator":
+        raise ConfigurationError("a run is stopped with the administrator's kit")
+    with Session(kit) as session:
+        for job in session.jobs():
+            if job.get("job_name") == run and str(job.get("status")) == "RUNNING":
+                session.command(str(job["job_id"]), STOP, {})
+                say(f"{run} ends after its round")
+                return
+    raise ConfigurationError(f"no job of a run {run!r} is running: `securefl status` lists them")
+
+
+def _ready(folder: Path, role: str) -> Kit:
+    """The kit, checked; warnings are said."""
+    from securefl.deployment.kits import Kit
+
+    kit = Kit.load(folder)
+    if kit.role != role:
+        raise ConfigurationError(f"{folder} is the kit of a {kit.role}: this takes a {role}'s")
+    for warning in kit.check(datetime.now(UTC)):
+        say(warning)
+    return kit
+
+
+def _own_folder(kit: Kit, policy: Path | None) -> Path:
+    """The folder of the site's policy, key and ledger, looked through before anything starts."""
+    from securefl import site
+
+    folder = policy.parent if policy is not None else kit.folder
+    if policy is not None and policy.name != site.SITE:
+        raise ConfigurationError(f"--policy {policy}: the file is called {site.SITE}")
+    if not (folder / site.SITE).exists():
+        raise ConfigurationError(
+            f"{folder / site.SITE} is not there: `securefl site init {folder} ...` makes it"
+        )
+    own = config.load_site(folder / site.SITE)
+    if own.name != kit.name:
+        raise ConfigurationError(
+            f"{folder / site.SITE} is of {own.name}, and the kit of {kit.name}"
+        )
+    if site.read_key(folder).public != kit.roster.keys.get(kit.name):
+        raise ConfigurationError(
+            f"{folder / site.KEY} is not the key that the roster has for {kit.name}: enrol it, "
+            f"`securefl site enroll`"
+        )
+    site.open_ledger(folder).close()
+    return folder
+
+
+def mount(app: typer.Typer, site: typer.Typer) -> None:
+    """Add these commands."""
+    app.add_typer(server, name="server")
+    site.command("start")(start_site)
+    commands: tuple[Callable[..., None], ...] = (submit, status, logs, stop)
+    for command in commands:
+        app.command()(command)
