@@ -160,7 +160,7 @@ def status(kit_folder: KitFolder, output: OutputFormat = Format.text) -> None:
     from securefl.deployment.kits import Kit
     from securefl.deployment.progress import every_run
 
-    kit = Kit.load(kit_folder)
+    kit = Kit.load(kit_folder.absolute())
     told: dict[str, object] = {"kit": kit.name, "role": str(kit.role)}
     runs: Mapping[str, RunProgress] = {}
     if kit.role == "administrator":
@@ -232,7 +232,7 @@ def logs(
     """The last lines of the kit's logs."""
     from securefl.deployment.kits import Kit
 
-    kit = Kit.load(kit_folder)
+    kit = Kit.load(kit_folder.absolute())
     found = sorted((kit.folder / "logs").glob("*.log"))
     if not found:
         raise ConfigurationError(f"{kit.folder / 'logs'} holds no log: nothing was started yet")
@@ -252,7 +252,7 @@ def stop(
     from securefl.deployment import nodes
     from securefl.deployment.kits import Kit
 
-    kit = Kit.load(kit_folder)
+    kit = Kit.load(kit_folder.absolute())
     if run is not None:
         _stop_run(kit, run)
     elif kit.role == "administrator":
@@ -280,7 +280,7 @@ def _ready(folder: Path, role: str) -> Kit:
     """The kit, checked; warnings are said."""
     from securefl.deployment.kits import Kit
 
-    kit = Kit.load(folder)
+    kit = Kit.load(folder.absolute())
     if kit.role != role:
         raise ConfigurationError(f"{folder} is the kit of a {kit.role}: this takes a {role}'s")
     for warning in kit.check(datetime.now(UTC)):

@@ -45,7 +45,6 @@ def prepare(kit: Kit, classes: Sequence[str] = CLASSES) -> None:
     resources = (_server_resources if server else _site_resources)(kit, classes)
     _write(local / "resources.json", resources)
     _write(local / "authorization.json", _authorization(server))
-    _write(local / "comm_config.json", {"allow_adhoc_conns": False, "backbone_conn_gen": 2})
     _write(local / "log_config.json", _LOGS)
 
 
