@@ -100,6 +100,45 @@ def init(
 
 
 @site.command()
+def enroll(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The site's folder.")],
+    name: Annotated[
+        str | None, typer.Option(help="What the consortium calls this site: makes its keys.")
+    ] = None,
+    kit: Annotated[
+        Path | None, typer.Option(metavar="KIT", help="The kit that its keeper made: installs it.")
+    ] = None,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Join a consortium with keys that never leave this site: first --name, later --kit."""
+    from securefl import consortium_cli
+    from securefl.deployment import authority
+
+    if (name is None) == (kit is None):
+        raise ConfigurationError(
+            "say one of them: --name NAME makes the keys and the request, --kit KIT installs what "
+            "the consortium's keeper made of it"
+        )
+    if kit is not None:
+        consortium_cli.install(kit, folder, output)
+        return
+    path, request = authority.enrol(folder, str(name))
+    if output is Format.json:
+        print_json(
+            {
+                "request": str(path),
+                "public_key": request.key,
+                "fingerprint": request.fingerprint,
+            }
+        )
+        return
+    typer.echo(f"request     {path}   give this file to who keeps the consortium: it is not secret")
+    typer.echo(f"fingerprint {request.fingerprint}   compare it with them by telephone")
+    typer.echo(f"keys        {folder}   secret; keep a copy where nobody else reads it")
+    typer.echo(f"Later: securefl site enroll {folder} --kit KIT installs the kit you are given.")
+
+
+@site.command()
 def check(
     experiment: Experiment,
     folder: Folder,

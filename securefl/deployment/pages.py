@@ -1,0 +1,124 @@
+"""What the people who hold a kit read first: who does what next, in plain words."""
+
+from __future__ import annotations
+
+from securefl.deployment.kits import Description, Pins, Role
+
+
+def consortium(name: str, pins: Pins) -> str:
+    """README.md of a consortium's folder."""
+    sites = "\n".join(f"| `kits/{site}` | the people of {site} |" for site in pins.keys)
+    removed = ", ".join(pins.removed)
+    gone = (
+        f"\n**Removed: {removed}.** Hand `kits/server` over at once: the server refuses them once "
+        "it has it.\n"
+        if removed
+        else ""
+    )
+    return f"""# The consortium {name}
+
+You keep this consortium: with what is in `authority/` anyone can be made part of it. Keep that
+folder where nobody else reads it (best on a machine without a network), and keep a copy.
+
+## Hand these over
+Roster {pins.serial}. Each kit goes to one machine, by a way on which nobody else can read it, since
+it may hold private keys.
+{gone}
+| kit | for |
+|---|---|
+| `kits/server` | whoever runs the server |
+| `kits/administrator` | whoever starts runs |
+{sites}
+
+Then delete what you handed over: you do not need it again. `securefl consortium renew` makes kits
+without private keys, for the keys that the others hold.
+
+## Later
+| when | what |
+|---|---|
+| anything is unclear | `securefl consortium show {name}` |
+| certificates expire within 30 days | `securefl consortium renew {name}`, hand the kits over |
+| a site joins | `securefl consortium add {name} SITE`, hand all kits over |
+| a site leaves, or a key of it may be known to others | `securefl consortium remove {name} SITE`, \
+hand `kits/server` over at once and then the others |
+
+Whoever has a kit already installs the newer one over it: \
+`securefl consortium update FOLDER --kit KIT`.
+"""
+
+
+def kit(about: Description, pins: Pins) -> str:
+    """README.md of one kit."""
+    steps = {
+        Role.server: _SERVER,
+        Role.site: _SITE,
+        Role.administrator: _ADMINISTRATOR,
+    }[about.role]
+    return steps.format(
+        name=about.name,
+        consortium=about.consortium,
+        host=about.host,
+        port=about.port,
+        bind=about.bind,
+        sites=", ".join(pins.keys) or "none yet",
+        serial=pins.serial,
+    )
+
+
+_COMMON = """
+## Keep in mind
+- This folder makes you part of the consortium. Files that end in `.key` are secret: whoever has
+  them can pass for you. Keep a copy where nobody else reads it.
+- The folder can be moved, and copied to another machine; never use two copies at a time.
+- A newer kit goes over this one: `securefl consortium update FOLDER --kit NEWER`. Secret files and
+  what you wrote stay as they are.
+- The sites of roster {serial}: {sites}.
+"""
+
+_SERVER = (
+    """# {consortium}: the server's kit
+
+The server adds up what the sites send. It cannot read what one site sent.
+
+1. Put this folder on the server's machine, and install there: `pip install 'securefl[flare]'`.
+2. The sites reach it as **{host}**, TCP port **{port}**; it listens at {bind}. Open that one port
+   in the firewall. Nothing else comes in, and it opens no connection to any site.
+3. `securefl doctor FOLDER` says whether all is well, and what to do if not.
+4. `securefl server start FOLDER`.
+
+`steward/` is a second identity, with which the server goes on with runs that were interrupted. It
+stays where it is.
+"""
+    + _COMMON
+)
+
+_SITE = (
+    """# {consortium}: the kit of {name}
+
+Your records stay on your machine. It sends masked, encrypted sums only, and only for runs that you
+permit.
+
+1. Put this folder on your machine, and install there: `pip install 'securefl[flare]'`.
+2. Your machine opens connections to **{host}**, TCP port **{port}**, and to nothing else. Nobody
+   connects to it: no port is opened in your firewall.
+3. `securefl site init FOLDER ...` writes `site.toml`: what your records may be used for. Read it,
+   and change what it permits.
+4. `securefl doctor FOLDER` says whether all is well, and what to do if not.
+5. `securefl site start FOLDER --data FILE`.
+"""
+    + _COMMON
+)
+
+_ADMINISTRATOR = (
+    """# {consortium}: the kit of the {name}
+
+With this kit runs are started and stopped. Every site decides for itself whether it takes part.
+
+1. Put this folder on the machine that you work at, and install there:
+   `pip install 'securefl[flare]'`.
+2. It opens connections to **{host}**, TCP port **{port}**.
+3. `securefl doctor FOLDER` says whether all is well, and what to do if not.
+4. `securefl submit EXPERIMENT.toml --kit FOLDER`.
+"""
+    + _COMMON
+)
