@@ -442,17 +442,34 @@ class Stopping(Section):
 
 
 class Engine(Section):
-    """Where the clients run: in this process, or in `workers` processes of their own."""
+    """Where the clients of a simulation run: on this machine ("local"), or on Ray.
 
-    workers: Annotated[int, Field(ge=0)] = 0
+    Local ones run in this process, or in `workers` processes of their own; on Ray in `workers`
+    actors. `address` is of a Ray cluster that this machine is part of; without it Ray starts here.
+    """
+
+    kind: Literal["local", "ray"] = "local"
+    workers: Annotated[int, Field(strict=True, ge=0, le=10_000)] = 0
+    """0: this process; on Ray: an actor for every CPU of the cluster."""
+    address: Annotated[str, Field(pattern=r"^(auto|[A-Za-z0-9._-]+:\d{1,5})$")] | None = None
+    """Of Ray: HOST:PORT, or "auto", the cluster that this machine is part of."""
     deadline: Positive | None = None
     """Seconds that workers have for a phase of a round; who is late is left out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.deadline is not None and self.workers == 0:
+        if self.kind == "local" and self.address is not None:
+            raise ValueError(
+                f'address = "{self.address}" is of a Ray cluster: say kind = "ray", or leave it out'
+            )
+        if self.deadline is not None and not self.pooled:
             raise ValueError("deadline needs workers >= 1: one process cannot interrupt itself")
         return self
+
+    @property
+    def pooled(self) -> bool:
+        """Whether clients run in other processes than this one."""
+        return self.kind == "ray" or self.workers > 0
 
 
 class Transcript(Section):

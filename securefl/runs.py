@@ -27,8 +27,9 @@ from securefl import agreement, models, replicas, simulation, store
 from securefl.algorithms import server_rule
 from securefl.client import Client, protected_by, resolve_device
 from securefl.config import ConfigurationError, Experiment
-from securefl.engines import Exchange, Remote, inprocess
-from securefl.engines.workers import WorkerFailedError, Workers
+from securefl.engines import Exchange, Remote, inprocess, ray
+from securefl.engines.worker import WorkerFailedError
+from securefl.engines.workers import Workers
 from securefl.evaluation import evaluate
 from securefl.messages import Task
 from securefl.preprocessing import Fitted
@@ -278,8 +279,12 @@ class _Job:
             raise ConfigurationError(f"clients replaces {strangers[0]}, which is not a site")
         if replaced and sites is not None:
             raise ConfigurationError("clients are replaced where there are no folders of sites")
-        if replaced and experiment.engine.workers:
-            raise ConfigurationError("clients are replaced in process only: set engine.workers = 0")
+        if replaced and experiment.engine.pooled:
+            raise ConfigurationError(
+                'clients are replaced in process only: set engine.workers = 0 and kind = "local"'
+            )
+        if experiment.engine.kind == "ray":
+            ray.require()
 
     def go(self, folder: Path, latest: bool = False) -> Run:
         """Train to the end and write what a run directory holds.
@@ -507,10 +512,11 @@ class _Job:
         if self.remote is not None:
             yield self.remote.roster, wrapped(self.remote.exchange)
             return
-        if self.experiment.engine.workers:
+        engine = self.experiment.engine
+        if engine.pooled:
             parts = (self.experiment, names, session, folder / "sites", self.sites)
-            with Workers(*parts) as workers:
-                yield workers.roster, wrapped(workers.exchange)
+            with ray.Actors(*parts) if engine.kind == "ray" else Workers(*parts) as pool:
+                yield pool.roster, wrapped(pool.exchange)
             return
         if self.sites is not None:
             gates = {

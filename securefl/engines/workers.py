@@ -18,34 +18,23 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, NoReturn, Self
 
 import msgspec
 
-from protocols.identity import Identity, Roster, SigningKey
 from securefl import config
 from securefl.config import ConfigurationError
-from securefl.engines.inprocess import Answering
+from securefl.engines.worker import (
+    Failed,
+    Ready,
+    Start,
+    Told,
+    Worker,
+    WorkerFailedError,
+    starts,
+)
 
 _LENGTH = struct.Struct("<Q")
-
-
-class Start(msgspec.Struct, frozen=True, tag=True):
-    """Engine -> worker: the experiment, the sites to act for, and where they keep their state."""
-
-    experiment: str
-    sites: tuple[str, ...]
-    session: bytes
-    folder: str
-    threads: int
-    own: str = ""
-    """The folder with each site's own folder in it, where sites have one."""
-
-
-class Keys(msgspec.Struct, frozen=True, tag=True):
-    """Both ways: the sites' public keys."""
-
-    keys: dict[str, bytes]
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
@@ -56,27 +45,8 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     data: bytes
 
 
-class Told(msgspec.Struct, frozen=True, tag=True):
-    """Worker -> engine: the reply to the request of that number."""
-
-    number: int
-    site: str
-    data: bytes
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Worker -> engine: it cannot go on. `mistake` tells the user's errors from ours."""
-
-    mistake: bool
-    reason: str
-
-
-Frame = Start | Keys | Ask | Told | Failed
+Frame = Start | Ready | Ask | Told | Failed
 _DECODER = msgspec.msgpack.Decoder(Frame)
-
-
-class WorkerFailedError(RuntimeError):
-    """A worker met an error that is neither a dropout nor the user's mistake."""
 
 
 def _send(pipe: IO[bytes], frame: Frame) -> None:
@@ -115,6 +85,8 @@ class Workers:
         self._alive = set(range(count))
         self._number = 0
         threads = max(1, (os.cpu_count() or 1) // count)
+        parts = (experiment, sites, session, folder, own)
+        self.roster, told = starts(*parts, count, threads)
         self._processes = [
             subprocess.Popen(
                 # -P: what lies in the working directory is not imported.
@@ -128,28 +100,18 @@ class Workers:
         for i, process in enumerate(self._processes):
             threading.Thread(target=self._listen, args=(i, process.stdout), daemon=True).start()
             threading.Thread(target=self._speak, args=(i, process.stdin), daemon=True).start()
-            held, kept = str(own.absolute()) if own else "", str(folder)
-            start = Start(experiment.dump(), sites[i::count], session, kept, threads, held)
-            self._post(i, start)
-        self.roster = self._enrol()
+            self._post(i, told[i])
+        self._wait()
 
-    def _enrol(self) -> Roster:
-        """Collect every site's public key and give all workers the roster."""
+    def _wait(self) -> None:
+        """Until every worker is ready."""
         try:
-            waiting, keys = set(self._alive), dict[str, bytes]()
-            for phase in ("keys", "ready"):
-                while waiting:
-                    worker, frame = self._inbox.get()
-                    if isinstance(frame, Keys):
-                        keys |= frame.keys
-                        waiting.discard(worker)
-                    else:
-                        _raise(frame, worker)
-                if phase == "keys":
-                    waiting = set(self._alive)
-                    for worker in self._alive:
-                        self._post(worker, Keys(keys))
-            return Roster(keys)
+            waiting = set(self._alive)
+            while waiting:
+                worker, frame = self._inbox.get()
+                if not isinstance(frame, Ready):
+                    _raise(frame, worker)
+                waiting.discard(worker)
         except BaseException:
             self.close()
             raise
@@ -217,63 +179,25 @@ class Workers:
         self.close()
 
 
-def _raise(frame: Frame | None, worker: int) -> None:
-    if isinstance(frame, Failed) and frame.mistake:
-        raise ConfigurationError(frame.reason)
+def _raise(frame: Frame | None, worker: int) -> NoReturn:
     if isinstance(frame, Failed):
-        raise WorkerFailedError(f"worker {worker}: {frame.reason}")
+        frame.throw(worker)
     raise WorkerFailedError(f"worker {worker} ended while it was starting")
 
 
 def _serve(receive: IO[bytes], send: IO[bytes]) -> None:
-    """The worker: make keys, learn the roster, then answer until the input ends."""
-    import torch
-
-    from securefl import simulation
-
+    """The worker: start, then answer until the input ends."""
     start = _receive(receive)
     if not isinstance(start, Start):
         return
-    torch.set_num_threads(start.threads)
-    # The first optimiser makes torch load its compiler: seconds that no round's deadline has.
-    torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
-        experiment = config.parse(start.experiment)
-        keys = {site: SigningKey(os.urandom) for site in start.sites}
-        consortium = simulation.assemble(experiment)
-        clients: dict[str, Answering] = {}
-        public = {site: key.public for site, key in keys.items()}
-        if start.own:
-            gates = {
-                site: simulation.gate(
-                    Path(start.own) / site, consortium.sites[site], Path(start.folder) / site
-                )
-                for site in start.sites
-            }
-            public = {site: gate.public_key for site, gate in gates.items()}
-            clients |= gates
-        _send(send, Keys(public))
-        known = _receive(receive)
-        if not isinstance(known, Keys):
-            return
-        roster = Roster(known.keys)
-        clients = clients or {
-            site: simulation.client(
-                experiment,
-                records,
-                Identity(site, key, roster),
-                start.session,
-                Path(start.folder) / site,
-            )
-            for site, key in keys.items()
-            if (records := consortium.sites[site]) is not None
-        }
-        _send(send, Keys({}))
+        worker = Worker(start)
     except ConfigurationError as error:
-        _send(send, Failed(True, str(error)))
+        _send(send, Failed.by(error))
         return
+    _send(send, Ready())
     while isinstance(ask := _receive(receive), Ask):
-        _send(send, Told(ask.number, ask.site, clients[ask.site].answer(ask.data)))
+        _send(send, Told(ask.number, ask.site, worker.answer(ask.site, ask.data)))
 
 
 def main() -> None:
@@ -285,7 +209,7 @@ def main() -> None:
         _serve(sys.stdin.buffer, send)
     except Exception as error:
         traceback.print_exc()
-        _send(send, Failed(False, f"{type(error).__name__}: {error}"))
+        _send(send, Failed.by(error))
         sys.exit(1)
 
 
