@@ -11,6 +11,7 @@ from typing import final
 
 from protocols.identity import Identity
 from securefl import agreement, config, data, models
+from securefl.audit_log import Audited, AuditLog
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, Records, Table, sources
@@ -18,7 +19,7 @@ from securefl.data.tables import Task, near
 from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
-from securefl.site import SITE, Gate, open_ledger
+from securefl.site import SITE, Gate, open_ledger, read_key
 from securefl.store import SiteStore
 
 
@@ -154,10 +155,12 @@ def client(
     return Client(experiment, identity, session, records, SiteStore(folder, own), holding)
 
 
-def gate(folder: Path, held: Records | None, run_folder: Path) -> Gate:
-    """The gate of the site in `folder`; in a run it keeps its state apart.
+def gate(
+    folder: Path, held: Records | None, run_folder: Path, asked_by: str = "securefl run"
+) -> Audited:
+    """The gate of the site in `folder`, with its audit log; in a run it keeps its state apart.
 
-    held: its records; None where they are read from the site's own file.
+    held: its records; None where they are read from the site's own file. asked_by: as in the log.
     """
 
     def make(
@@ -174,7 +177,11 @@ def gate(folder: Path, held: Records | None, run_folder: Path) -> Gate:
     def load(experiment: Experiment) -> Records:
         return held if held is not None else own_records(folder, experiment)
 
-    return Gate(folder, load, make, tell=lambda line: print(line, file=sys.stderr))
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    log = AuditLog(folder, read_key(folder))
+    return Audited(Gate(folder, load, make, tell=tell), log, asked_by, tell=tell)
 
 
 def own_records(folder: Path, experiment: Experiment) -> Frame:
