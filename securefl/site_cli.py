@@ -198,8 +198,9 @@ def log(
     if output is Format.json:
         faults = {"faults": found} if verify else {}
         print_json({"log": str(path), "lines": len(lines), **faults, "messages": shown})
-    else:
+    elif not found:
         _print_log(told, shown if last is not None else told[-20:])
+    else:
         for fault in found:
             typer.echo(f"line {fault.line} {fault.what}" if fault.line else fault.what)
     if found:
@@ -240,21 +241,25 @@ def _print_log(told: Sequence[Exchanged], shown: Sequence[Exchanged]) -> None:
     from securefl.messages import printable
 
     console = Console(highlight=False)
-    for group, messages in groupby(
-        shown, lambda one: (one.asked.by, one.at[:10], one.asked.run, one.asked.session)
+    for (by, day, run), messages in groupby(
+        shown, lambda one: (one.asked.by, one.at[:10], one.asked.run)
     ):
-        by, day, run, _ = (printable(part) for part in group)
-        about = f"run {run}" if run else "no run of this site's"
-        table = Table(
-            title=Text(f"{day} (UTC)  asked by {by}, {about}"), title_justify="left", box=None
-        )
-        for name in ("line", "time", "round"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for name in ("asked", "answered", "epsilon so far"):
-            table.add_column(name, overflow="fold")
+        reasons = list[str]()
+        about = f"run {run}" if run else "for no run of this site's"
+        title = Text(f"{printable(day)} (UTC)  asked by {printable(by)}, {about}")
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
+        for name, width in (("line", 5), ("time", 8), ("round", 5)):
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        table.add_column("asked", overflow="fold", width=26)
+        table.add_column("answered", overflow="fold", ratio=1)
+        table.add_column("epsilon", overflow="fold", width=10)
         for one in messages:
             table.add_row(*(Text(*cell) for cell in _cells(one)))
+            if one.answered is not None and one.answered.reason:
+                reasons.append(f"line {one.number} was refused: {printable(one.answered.reason)}")
         console.print(table)
+        for reason in reasons:
+            console.print(Text(reason, style="red"))
         console.print()
     answers = [one.answered for one in told]
     refused = sum(answer is not None and answer.reply == "refusal" for answer in answers)
@@ -273,12 +278,12 @@ def _cells(one: Exchanged) -> Iterator[tuple[str, str]]:
     yield str(asked.round or ""), ""
     what = printable(asked.phase) if asked.message == "request" else asked.message
     task = f" ({asked.task})" if asked.task else ""
-    again = f"; line {one.repeats} again" if one.repeats is not None else ""
+    again = f"; as line {one.repeats}" if one.repeats is not None else ""
     yield f"{what}{task}, {words.size(asked.size)}{again}", ""
     if answered is None:
         yield "no reply", "yellow"
     elif answered.reply == "refusal":
-        yield f"refused ({answered.refused}): {printable(answered.reason)}", "red"
+        yield f"refused: {answered.refused}", "red"
     else:
         said = "accepted" if asked.message == "proposal" else answered.reply
         yield f"{said}, {words.size(answered.size)}", ""
