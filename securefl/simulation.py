@@ -11,6 +11,7 @@ from typing import final
 
 from protocols.identity import Identity
 from securefl import agreement, config, data, models
+from securefl.audit_log import Audited, AuditLog
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, Records, Table, sources
@@ -18,7 +19,7 @@ from securefl.data.tables import Task, near
 from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
-from securefl.site import SITE, Gate, Load, open_ledger
+from securefl.site import SITE, Gate, Load, open_ledger, read_key
 from securefl.store import SiteStore
 
 
@@ -154,22 +155,24 @@ def client(
     return Client(experiment, identity, session, records, SiteStore(folder, own), holding)
 
 
-def gate(folder: Path, held: Records | None, run_folder: Path) -> Gate:
-    """The gate of the site in `folder`; in a run it keeps its state apart.
+def gate(
+    folder: Path, held: Records | None, run_folder: Path, asked_by: str = "securefl run"
+) -> Audited:
+    """The gate of the site in `folder`, with its audit log; in a run it keeps its state apart.
 
-    held: its records; None where they are read from the site's own file.
+    held: its records; None where they are read from the site's own file. asked_by: as in the log.
     """
 
     def load(experiment: Experiment) -> Records:
         return held if held is not None else own_records(folder, experiment)
 
-    return _gate(folder, load, lambda run: run_folder)
+    return _gate(folder, load, lambda run: run_folder, asked_by)
 
 
-def deployed_gate(folder: Path, path: Path | None = None) -> Gate:
+def deployed_gate(folder: Path, asked_by: str, path: Path | None = None) -> Audited:
     """The gate of a site on a machine of its own; a run's state is in `folder`/runs.
 
-    path: of its records; by default the one that its site.toml names.
+    path: of its records; by default the one that its site.toml names. asked_by: as in the log.
     """
 
     def load(experiment: Experiment) -> Records:
@@ -178,10 +181,12 @@ def deployed_gate(folder: Path, path: Path | None = None) -> Gate:
     def run_folder(run: bytes) -> Path:
         return folder / "runs" / run.hex() / "sites" / config.load_site(folder / SITE).name
 
-    return _gate(folder, load, run_folder)
+    return _gate(folder, load, run_folder, asked_by)
 
 
-def _gate(folder: Path, load: Load, run_folder: Callable[[bytes], Path]) -> Gate:
+def _gate(
+    folder: Path, load: Load, run_folder: Callable[[bytes], Path], asked_by: str
+) -> Audited:
     def make(
         experiment: Experiment, identity: Identity, session: bytes, run: bytes, records: Records
     ) -> Client:
@@ -194,7 +199,11 @@ def _gate(folder: Path, load: Load, run_folder: Callable[[bytes], Path]) -> Gate
             ledger.close()
             raise
 
-    return Gate(folder, load, make, tell=lambda line: print(line, file=sys.stderr))
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    log = AuditLog(folder, read_key(folder))
+    return Audited(Gate(folder, load, make, tell=tell), log, asked_by, tell=tell)
 
 
 def own_records(folder: Path, experiment: Experiment, path: Path | None = None) -> Frame:

@@ -16,10 +16,11 @@ from securefl.terminal import Format, OneLineErrors, print_json
 
 # torch and rich are imported where they are used, as in securefl.cli.
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.table import Table
 
+    from securefl.audit_log import Exchanged, Fault
     from securefl.privacy.policy import Asked, PolicyError
 
 site = typer.Typer(
@@ -204,6 +205,133 @@ def budget(
     typer.echo(
         f"data set {own.data.id}: epsilon {own.budget.epsilon:g} at delta {own.budget.delta:g}"
     )
+
+
+@site.command()
+def log(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The site's folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every line, signature and the ledger (exit 1).")
+    ] = False,
+    last: Annotated[
+        int | None, typer.Option(min=0, help="Show this many messages: 20; in JSON all.")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="The site's public key in hexadecimal, for a copy without site.key."),
+    ] = None,
+    output: OutputFormat = Format.text,
+) -> None:
+    """Who asked this site for what, what was answered, and what it cost: its audit log."""
+    from securefl import audit_log
+    from securefl.store import CorruptStoreError
+
+    path = folder / audit_log.LOG
+    if not path.exists() and not verify:
+        config.load_site(folder / "site.toml")  # says so where this is no site's folder
+        raise ConfigurationError(f"{folder} has no audit log yet: nobody asked the site anything")
+    found = _faults(folder, key) if verify else ()
+    lines = () if found else audit_log.read(path)
+    told = audit_log.exchanged(lines)
+    shown = told[len(told) - last :] if last is not None and last < len(told) else told
+    if output is Format.json:
+        faults = {"faults": found} if verify else {}
+        print_json({"log": str(path), "lines": len(lines), **faults, "messages": shown})
+    elif not found:
+        _print_log(told, shown if last is not None else told[-20:])
+    else:
+        for fault in found:
+            typer.echo(f"line {fault.line} {fault.what}" if fault.line else fault.what)
+    if found:
+        count = f"{len(found)} faults" if len(found) > 1 else "a fault"
+        raise CorruptStoreError(
+            f"{path}: {count}; the log or the ledger was edited, cut or replaced: keep both as "
+            "they are, and compare them with the newest copies"
+        )
+    if verify and output is Format.text:
+        typer.echo(f"{path}: {len(lines)} lines; chain, signatures and ledger fit")
+
+
+def _faults(folder: Path, key: str | None) -> tuple[Fault, ...]:
+    from securefl import audit_log
+    from securefl.privacy.ledger import Ledger
+    from securefl.site import LEDGER, read_key
+
+    try:
+        public = bytes.fromhex(key) if key is not None else read_key(folder).public
+    except ValueError:
+        public = b""
+    if len(public) != 32:
+        raise ConfigurationError(f"--key {key!r} is not 32 bytes in hexadecimal")
+    path = folder / audit_log.LOG
+    if not (folder / LEDGER).exists():
+        return audit_log.faults(path, public, None)
+    with Ledger(folder / LEDGER) as ledger:
+        return audit_log.faults(path, public, ledger)
+
+
+def _print_log(told: Sequence[Exchanged], shown: Sequence[Exchanged]) -> None:
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from securefl.messages import printable
+
+    console = Console(highlight=False)
+    for (by, day, run), messages in groupby(
+        shown, lambda one: (one.asked.by, one.at[:10], one.asked.run)
+    ):
+        reasons = list[str]()
+        about = f"run {run}" if run else "for no run of this site's"
+        title = Text(f"{printable(day)} (UTC)  asked by {printable(by)}, {about}")
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
+        for name, width in (("line", 5), ("time", 8), ("round", 5)):
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        table.add_column("asked", overflow="fold", width=26)
+        table.add_column("answered", overflow="fold", ratio=1)
+        table.add_column("epsilon", overflow="fold", width=10)
+        for one in messages:
+            table.add_row(*(Text(*cell) for cell in _cells(one)))
+            if one.answered is not None and one.answered.reason:
+                reasons.append(f"line {one.number} was refused: {printable(one.answered.reason)}")
+        console.print(table)
+        for reason in reasons:
+            console.print(Text(reason, style="red"))
+        console.print()
+    answers = [one.answered for one in told]
+    refused = sum(answer is not None and answer.reply == "refusal" for answer in answers)
+    counts = f"{len(told)} messages, {refused} refused, {answers.count(None)} without a reply"
+    console.print(f"{counts}; {len(shown)} shown" if len(shown) < len(told) else counts)
+
+
+def _cells(one: Exchanged) -> Iterator[tuple[str, str]]:
+    """The cells of a message's row, and their styles."""
+    from securefl.messages import printable
+    from securefl.report import words
+
+    asked, answered = one.asked, one.answered
+    yield str(one.number), ""
+    yield one.at[11:19], ""
+    yield str(asked.round or ""), ""
+    what = printable(asked.phase) if asked.message == "request" else asked.message
+    task = f" ({asked.task})" if asked.task else ""
+    again = f"; as line {one.repeats}" if one.repeats is not None else ""
+    yield f"{what}{task}, {words.size(asked.size)}{again}", ""
+    if answered is None:
+        yield "no reply", "yellow"
+    elif answered.reply == "refusal":
+        yield f"refused: {answered.refused}", "red"
+    else:
+        said = "accepted" if asked.message == "proposal" else answered.reply
+        yield f"{said}, {words.size(answered.size)}", ""
+    cost = answered.cost if answered is not None else None
+    if cost is None:
+        yield "", ""
+    else:
+        spent = "no bound" if cost.epsilon is None else words.rounded_up(cost.epsilon)
+        yield f"{spent} of {cost.budget:g}", "bold"
 
 
 def _looked_at(

@@ -140,10 +140,13 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from securefl import simulation
+    from securefl.deployment.kits import Kit
 
     # The first optimiser makes torch load its compiler: seconds that no round's deadline has.
     torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    gate = simulation.deployed_gate(own, data[0] if data else None)
+    kit = Kit.load(folder)
+    asked_by = f"server of {kit.consortium} at {kit.host}:{kit.port}"
+    gate = simulation.deployed_gate(own, asked_by, data[0] if data else None)
     serve(folder, gate)
 
 

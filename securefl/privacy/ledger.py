@@ -181,8 +181,15 @@ class Charged(_Entry, frozen=True):
     release: Annotated[str, Meta(pattern=r"\A([A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z")] = ""
 
 
+class Logged(_Entry, frozen=True):
+    """How many lines the site's audit log had, and the hash of the last (32 bytes, hexadecimal)."""
+
+    lines: Count
+    hash: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
 Kind = TypeVar("Kind", bound=_Entry)
-Entry = Registered | Content | Accepted | Opened | Charged
+Entry = Registered | Content | Accepted | Opened | Charged | Logged
 _DECODER: Final = msgspec.json.Decoder(Entry)
 
 
@@ -613,6 +620,12 @@ class Ledger:
                     f"{budget.epsilon:g}; one more round would bring it to {would:.3f}"
                 )
             self._append(_checked(Charged, _now(), run, round_number, release))
+        return self.head
+
+    def log(self, lines: int, hashed: bytes) -> Head:
+        """Put the end of the site's audit log (`securefl.audit_log`) into the chain."""
+        with self._transaction():
+            self._append(_checked(Logged, _now(), lines, hashed.hex()))
         return self.head
 
     def rounds_left(self, run: str) -> int:
