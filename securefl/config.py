@@ -472,6 +472,23 @@ class Engine(Section):
         return self.kind == "ray" or self.workers > 0
 
 
+class Deployment(Section):
+    """How long a consortium's server waits for sites on machines of their own.
+
+    Who is later than a deadline is left out of the phase, and of the round: it takes part in the
+    next one again.
+    """
+
+    deadline: Positive = 300.0
+    """Seconds for a phase in which nobody trains."""
+    training_deadline: Positive = 3600.0
+    """Seconds for the phase in which sites train, and for the proposal, when they read records."""
+    patience: Positive = 40.0
+    """Seconds without a sign of life after which a site has dropped out."""
+    stragglers: Positive | None = None
+    """Seconds that the last ones still have once enough for a sum have answered."""
+
+
 class Transcript(Section):
     """Record what crosses each wire, for the sites that consent; nothing by default."""
 
@@ -519,6 +536,7 @@ class Experiment(Section):
     stopping: Stopping | None = None
     """When to stop before all rounds are done."""
     engine: Engine = Engine()
+    deployment: Deployment = Deployment()
     """Where sites run in a simulation."""
     transcript: Transcript = Transcript()
     """What is kept for later study."""
@@ -623,7 +641,7 @@ class Experiment(Section):
 
     def digest(self) -> bytes:
         """SHA-256 of what sites must agree on before a round (32 bytes)."""
-        alone = {"name": True, "device": True, "engine": True, "transcript": True}
+        alone = dict.fromkeys(("name", "device", "engine", "deployment", "transcript"), True)
         told = {"columns": {"__all__": {"description"}}}
         agreed = self.model_dump_json(exclude={**alone, "data": {"path": True, "agreed": told}})
         return hashlib.sha256(b"securefl experiment 1\0" + agreed.encode()).digest()

@@ -184,9 +184,7 @@ def deployed_gate(folder: Path, asked_by: str, path: Path | None = None) -> Audi
     return _gate(folder, load, run_folder, asked_by)
 
 
-def _gate(
-    folder: Path, load: Load, run_folder: Callable[[bytes], Path], asked_by: str
-) -> Audited:
+def _gate(folder: Path, load: Load, run_folder: Callable[[bytes], Path], asked_by: str) -> Audited:
     def make(
         experiment: Experiment, identity: Identity, session: bytes, run: bytes, records: Records
     ) -> Client:

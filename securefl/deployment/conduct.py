@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, final
+from typing import Protocol, final
 
 import msgspec
 
@@ -24,11 +25,21 @@ from securefl.engines import Remote
 from securefl.records import EXPERIMENT, RoundRecord
 from securefl.server import PROPOSE
 
-DEADLINE: Final = 300.0
-"""Seconds for a phase in which nobody trains, where the experiment names none."""
 
-UPLOAD_DEADLINE: Final = 3600.0
-"""The same for a phase in which sites train or read their records."""
+@final
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """How long to wait for replies, in seconds: in all, and without a sign of life of a site.
+
+    stragglers: for the last ones, once `enough` have answered. proposal: whether what is asked is
+    the proposal, which a site's service must be shown again when it was started again.
+    """
+
+    deadline: float
+    patience: float
+    enough: int
+    stragglers: float | None = None
+    proposal: bool = False
 
 
 class Job(Protocol):
@@ -42,9 +53,7 @@ class Job(Protocol):
     def gives_way(self) -> bool: ...
     @property
     def stops(self) -> bool: ...
-    def exchange(
-        self, phase: str, messages: Mapping[str, bytes], deadline: float, proposal: bool = False
-    ) -> dict[str, bytes]: ...
+    def exchange(self, messages: Mapping[str, bytes], waits: Waits) -> dict[str, bytes]: ...
 
 
 class GivesWayError(Exception):
@@ -124,10 +133,16 @@ class _Conducted:
         return len(self._job.sites) < self._told.least
 
     def _exchange(self, phase: str, messages: Mapping[str, bytes]) -> dict[str, bytes]:
-        engine = self._experiment.engine
-        longest = UPLOAD_DEADLINE if phase in (UPLOAD, PROPOSE) else DEADLINE
-        deadline = engine.deadline or longest
-        return self._job.exchange(phase, messages, deadline, phase == PROPOSE)
+        told, proposal = self._experiment.deployment, phase == PROPOSE
+        long = proposal or phase == UPLOAD
+        waits = Waits(
+            deadline=told.training_deadline if long else told.deadline,
+            patience=told.patience,
+            enough=self._told.least,
+            stragglers=None if proposal else told.stragglers,
+            proposal=proposal,
+        )
+        return self._job.exchange(messages, waits)
 
     def started(self, rounds: int, done: int) -> None:
         """The run begins, or continues after `done` of `rounds` rounds."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from nvflare.apis.fl_constant import ReturnCode
@@ -20,8 +20,8 @@ from nvflare.apis.signal import Signal
 from securefl.deployment.executor import HOLD, TOPIC
 from securefl.deployment.progress import AGAIN, RUNS, STATUS, STOP, read_progress
 
-PATIENCE: Final = 40.0
-"""Seconds without a sign of life after which a site has dropped out of the phase."""
+if TYPE_CHECKING:
+    from securefl.deployment.conduct import Waits
 
 PING: Final = 2.0
 """Seconds that a site which dropped out has to say that it is back."""
@@ -111,48 +111,33 @@ class RoundController(Controller):  # type: ignore[misc]
         if self._ended.triggered:
             raise JobEndedError("FLARE ended the job")
 
-    def exchange(
-        self, phase: str, messages: Mapping[str, bytes], deadline: float, proposal: bool = False
-    ) -> dict[str, bytes]:
-        """Ask the sites all at once; who is silent or later than `deadline` seconds is left out."""
+    def exchange(self, messages: Mapping[str, bytes], waits: Waits) -> dict[str, bytes]:
+        """Ask the sites all at once; who is silent or late is left out (see `Waits`)."""
         self.check()
         in_job = {client.name for client in self._fl_ctx.get_engine().get_clients()}
         present = sorted(in_job & set(messages))
         if not present:
             return {}
-        end = time.monotonic() + deadline
-        with ThreadPoolExecutor(len(present)) as threads:
-            asked = {
-                site: threads.submit(self._ask, site, messages[site], end, proposal)
-                for site in present
-            }
-            replies = {site: reply.result() for site, reply in asked.items()}
+        asking = _Asking(self._tell, waits, self._ended)
+        threads = ThreadPoolExecutor(len(present))
+        for site in present:
+            threads.submit(self._one, asking, site, messages[site])
+        asking.wait(len(present))
+        threads.shutdown(wait=False)  # who is late must not keep the others waiting
         self.check()
-        return {site: reply for site, reply in replies.items() if reply is not None}
+        return asking.replies
 
-    def _ask(self, site: str, data: bytes, end: float, proposal: bool) -> bytes | None:
-        """One site's reply; None where it is away or late."""
-        if site in self._away:
-            if self._tell(site, Shareable(), PING) is None:
-                return None
-            self._away.discard(site)
-        digest = hashlib.sha256(data).digest()
-        whole = Shareable({"hash": digest, "data": data, "proposal": proposal})
-        poll = Shareable({"hash": digest})
-        told, heard = whole, time.monotonic()
-        while (now := time.monotonic()) < end and not self._ended.triggered:
-            reply = self._tell(site, told, min(HOLD + 10, max(1.0, end - now)))
-            if reply is None:
-                if time.monotonic() - heard > PATIENCE:
+    def _one(self, asking: _Asking, site: str, data: bytes) -> None:
+        """One site: whoever dropped out before is asked only when it is back."""
+        reply = None
+        try:
+            if site not in self._away or self._tell(site, Shareable(), PING) is not None:
+                self._away.discard(site)
+                reply = asking.ask(site, data)
+                if reply is None and not asking.over:
                     self._away.add(site)
-                    return None
-                time.sleep(0.1)
-                continue
-            heard = time.monotonic()
-            if "data" in reply:
-                return bytes(reply["data"])
-            told = whole if reply.get("unknown") else poll
-        return None
+        finally:
+            asking.done(site, reply)
 
     def _tell(self, site: str, request: Shareable, timeout: float) -> Shareable | None:
         """What the site's executor says; None where it says nothing, or that it failed."""
@@ -165,3 +150,65 @@ class RoundController(Controller):  # type: ignore[misc]
         if reply is None or reply.get_return_code() != ReturnCode.OK:
             return None
         return reply
+
+
+class _Asking:
+    """One phase: every site's reply, or that there is none, and when to stop waiting."""
+
+    def __init__(
+        self,
+        tell: Callable[[str, Shareable, float], Shareable | None],
+        waits: Waits,
+        ended: Signal,
+    ) -> None:
+        self.replies: dict[str, bytes] = {}
+        self._tell, self._waits, self._ended = tell, waits, ended
+        self._end = time.monotonic() + waits.deadline
+        self._answered = 0
+        self._changed = threading.Condition()
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for replies any more."""
+        return time.monotonic() > self._end or bool(self._ended.triggered)
+
+    def wait(self, count: int) -> None:
+        """Until `count` sites answered or dropped out, or the time is over."""
+        with self._changed:
+            while self._answered < count and not self.over:
+                self._changed.wait(0.2)
+            self._end = min(self._end, time.monotonic())
+
+    def done(self, site: str, reply: bytes | None) -> None:
+        """A site answered, or did not."""
+        with self._changed:
+            self._answered += 1
+            if reply is not None and not self.over:
+                self.replies[site] = reply
+                late = self._waits.stragglers
+                if late is not None and len(self.replies) >= self._waits.enough:
+                    self._end = min(self._end, time.monotonic() + late)
+            self._changed.notify()
+
+    def ask(self, site: str, data: bytes) -> bytes | None:
+        """One site's reply; None where it is away or late.
+
+        The request goes out once; from then on the site is asked for the reply to it.
+        """
+        digest = hashlib.sha256(data).digest()
+        whole = Shareable({"hash": digest, "data": data, "proposal": self._waits.proposal})
+        poll = Shareable({"hash": digest})
+        told, heard = whole, time.monotonic()
+        while not self.over:
+            left = self._end - time.monotonic()
+            reply = self._tell(site, told, min(HOLD + 10, max(1.0, left)))
+            if reply is None:
+                if time.monotonic() - heard > self._waits.patience:
+                    return None
+                time.sleep(0.1)
+                continue
+            heard = time.monotonic()
+            if "data" in reply:
+                return bytes(reply["data"])
+            told = whole if reply.get("unknown") else poll
+        return None
