@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nvflare", reason="the extra flare is not installed")
 
+import numpy as np
+import psutil
+from safetensors.numpy import load_file
 from sklearn.datasets import load_breast_cancer
 
 from securefl import config
@@ -25,10 +29,16 @@ from securefl.deployment.authority import Consortium
 from securefl.deployment.kits import Kit
 from securefl.deployment.nodes import processes
 from securefl.deployment.progress import RunProgress, read_progress
+from securefl.engines import Exchange
+from securefl.privacy.ledger import Charged, Ledger
+from securefl.records import History, read_history
+from securefl.runs import run
+from securefl.site import LEDGER
 
 SITES = ("middle", "north", "south")
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "heart_disease"
 REPOSITORY = Path(__file__).parents[2]
+HOLDS = Path(__file__).parent / "holds"
 
 FEATURES = (
     "mean radius",
@@ -152,6 +162,28 @@ class Deployment:
     def kit(self, name: str) -> Path:
         return self.consortium.kit(name)
 
+    def hold(self, site: str, point: str) -> None:
+        """Have the site's gate wait at "before-PHASE" or "after-PHASE"."""
+        (self._holds(site) / point).touch()
+
+    def reached(self, site: str, point: str, seconds: float = 90.0) -> None:
+        """Until the site's gate waits there."""
+        wait(lambda: self.waits(site, point), f"{site} at {point}", seconds)
+
+    def waits(self, site: str, point: str) -> bool:
+        """Whether the site's gate waits there."""
+        return (self._holds(site) / f"reached-{point}").exists()
+
+    def release(self, site: str) -> None:
+        """Have the site's gate wait no more."""
+        for held in self._holds(site).iterdir():
+            held.unlink(missing_ok=True)
+
+    def _holds(self, site: str) -> Path:
+        folder = self.folder / "holds" / site
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def start(self, name: str, *prefix: str, **environment: str) -> None:
         """Start a node and do not wait."""
         role = "server" if name == "server" else "site"
@@ -163,7 +195,12 @@ class Deployment:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": f"{HOLDS}{os.pathsep}{REPOSITORY}",
+                    "HOLDS": str(self._holds(name)),
+                    **environment,
+                },
             )
 
     def start_all(self) -> None:
@@ -205,6 +242,51 @@ class Deployment:
     def experiment(self, *settings: str) -> Experiment:
         return config.load(self.folder / "experiment.toml", settings)
 
+    def check_correct(self, name: str) -> None:
+        """The model is what the same sites' updates give in process, weight for weight; nobody was
+        charged for fewer rounds than it took part in, and none was entered twice.
+        """
+        history = read_history(self.run_folder(name))
+        own = self.folder / f"own-{name}"
+        for site in self.sites:
+            (own / site).mkdir(parents=True)
+            for file in ("site.toml", "site.key"):
+                shutil.copy(self.kit(site) / file, own / site)
+        survivors = {record.update: set(record.survivors) for record in history.rounds}
+
+        def without_the_gone(exchange: Exchange) -> Exchange:
+            done = 0
+
+            def asked(phase: str, messages: Mapping[str, bytes]) -> Mapping[str, bytes]:
+                nonlocal done
+                done += phase == "advertise"
+                there = survivors.get(done, set(self.sites))
+                return exchange(phase, {s: m for s, m in messages.items() if s in there})
+
+            return asked
+
+        folder = self.folder / f"alone-{name}"
+        parts = {"sites": own, "exchange": without_the_gone, "report": False}
+        alone = run(history.experiment, folder, **parts)
+        here = load_file(alone.directory / "model.safetensors")
+        there = load_file(self.run_folder(name) / "model.safetensors")
+        for tensor, values in here.items():
+            assert np.array_equal(values, there[tensor]), f"{tensor} of {name}"
+        rounds = [record.round for record in history.rounds]
+        assert rounds == sorted(set(rounds))
+        for site in self.sites:
+            taken_part = sum(site in record.survivors for record in history.rounds)
+            assert self.charged(site, name) >= taken_part, site
+
+    def charged(self, site: str, name: str) -> int:
+        """How many rounds of training of a run the site's ledger was charged for."""
+        run_id = json.loads((self.run_folder(name) / "server.json").read_text())["run"]
+        with Ledger(self.kit(site) / LEDGER) as ledger:
+            return sum(
+                isinstance(entry, Charged) and entry.run == run_id and not entry.release
+                for entry in ledger.entries
+            )
+
     def run_folder(self, name: str) -> Path:
         return self.server / "runs" / name
 
@@ -240,6 +322,16 @@ class Deployment:
                 if any(part in word for word in process.cmdline()):
                     found.append(process.pid)
         return found
+
+    def end(self, pids: list[int]) -> None:
+        """SIGKILL these processes, of which there must be some."""
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait(lambda: not any(psutil.pid_exists(pid) for pid in pids), "processes gone", 10)
+
+    def history(self, name: str) -> History:
+        return read_history(self.run_folder(name))
 
     def kill(self, name: str) -> None:
         """SIGKILL the whole node, supervisor and all: as when its machine loses power."""
