@@ -322,6 +322,7 @@ class Member(Protocol):
 class Audited:
     """A member that answers nothing without a line in its site's log; closes both.
 
+    It stands before its member from the first proposal on, by which it knows the run of a session.
     asked_by: who sends the messages, as far as this process knows. tell: takes what only people at
     the site may read.
     """
@@ -371,13 +372,14 @@ class Audited:
             except _UNWRITABLE as error:
                 return self._refusal(asked, error)
             reply = self._member.answer(data)
-            try:
-                answered = _answered(line.number, reply, self._log.cost(line))
-                self._log.append(answered)
-            except _UNWRITABLE as error:
-                return self._refusal(asked, error)
+            answered = _answered(line.number, reply)
             if isinstance(asked, Proposal) and answered.reply == "answer":
                 self._runs[asked.session] = asked.run
+            try:
+                cost = self._log.cost(line)
+                self._log.append(msgspec.structs.replace(answered, cost=cost))
+            except _UNWRITABLE as error:
+                return self._refusal(asked, error)
             return reply
 
     def _asked(self, asked: Proposal | Request | None, data: bytes) -> Asked:
@@ -404,15 +406,15 @@ class Audited:
 _UNWRITABLE: Final = (OSError, CorruptStoreError, ConfigurationError)
 
 
-def _answered(asked: int, reply: bytes, cost: Cost | None) -> Answered:
+def _answered(asked: int, reply: bytes) -> Answered:
     told = (len(reply), hashlib.sha256(reply).hexdigest())
     try:
         said = parse_reply(reply)
     except MalformedMessageError:
-        return Answered(asked, "unreadable", *told, cost=cost)
+        return Answered(asked, "unreadable", *told)
     if isinstance(said, Refusal):
-        return Answered(asked, "refusal", *told, said.kind, said.reason, cost)
-    return Answered(asked, "answer", *told, cost=cost)
+        return Answered(asked, "refusal", *told, said.kind, said.reason)
+    return Answered(asked, "answer", *told)
 
 
 @final

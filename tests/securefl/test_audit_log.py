@@ -480,6 +480,22 @@ def test_a_full_disk_lets_no_reply_out_and_spoils_nothing(
     assert wrong(folder) == ()
 
 
+def test_a_run_whose_acceptance_could_not_be_logged_is_known_later(
+    folder: Path, disk: Callable[[int], None]
+) -> None:
+    till = opened(folder)
+    till.answer(PROPOSAL)
+    for number in range(1, 60):
+        till.answer(request(number, "share"))
+    till.close()
+    site = opened(folder)
+    disk(len((folder / LOG).read_bytes()) + len(lines_of(folder)[0]) + 50)
+    assert isinstance(parse_reply(site.answer(PROPOSAL)), Refusal)
+    disk(1 << 30)
+    assert isinstance(parse_reply(site.answer(request(60, UPLOAD))), Answer)
+    assert wrong(folder) == ()
+
+
 def test_a_site_that_cannot_log_a_request_is_not_asked(folder: Path) -> None:
     told: list[str] = []
     site = opened(folder, tell=told.append)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from securefl import config
+from securefl import audit_log, config
+from securefl.audit_log import LOG
 from securefl.config import ConfigurationError, Experiment
 from securefl.privacy.ledger import Charged, Head, Ledger
 from securefl.records import read_history
 from securefl.runs import RunFailedError, resume, run
-from securefl.site import LEDGER, make_key, open_ledger
+from securefl.site import LEDGER, make_key, open_ledger, read_key
 from securefl.store import SiteStore
 
 NAMES = ("site-1", "site-2", "site-3")
@@ -146,7 +147,7 @@ def test_no_kill_makes_a_ledger_forget_or_a_round_be_used_twice(trial, folders, 
         more += [] if begun else ["--directory", str(place)]
         process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(2.0, 12.0) if kills < 40 else None)
+            process.wait(rng.uniform(2.0, 8.0) if kills < 40 else None)
         if process.poll() is None:
             kills += 1
         process.kill()
@@ -170,6 +171,7 @@ def test_no_kill_makes_a_ledger_forget_or_a_round_be_used_twice(trial, folders, 
                 with book(own, peer) as other:
                     for head in heads:
                         other.verify(Head(head.entries, head.hash))
+            assert audit_log.faults(own / name / LOG, read_key(own / name).public, ledger) == ()
 
 
 def test_folders_of_other_sites_are_refused_before_anything_is_written(trial, folders, tmp_path):
