@@ -290,26 +290,26 @@ def _ready(folder: Path, role: str) -> Kit:
 
 def _own_folder(kit: Kit, policy: Path | None) -> Path:
     """The folder of the site's policy, key and ledger, looked through before anything starts."""
-    from securefl import site
+    from securefl import site_folder
 
     folder = policy.parent if policy is not None else kit.folder
-    if policy is not None and policy.name != site.SITE:
-        raise ConfigurationError(f"--policy {policy}: the file is called {site.SITE}")
-    if not (folder / site.SITE).exists():
+    if policy is not None and policy.name != site_folder.SITE:
+        raise ConfigurationError(f"--policy {policy}: the file is called {site_folder.SITE}")
+    if not (folder / site_folder.SITE).exists():
         raise ConfigurationError(
-            f"{folder / site.SITE} is not there: `securefl site init {folder} ...` makes it"
+            f"{folder / site_folder.SITE} is not there: `securefl site init {folder} ...` makes it"
         )
-    own = config.load_site(folder / site.SITE)
+    own = config.load_site(folder / site_folder.SITE)
     if own.name != kit.name:
         raise ConfigurationError(
-            f"{folder / site.SITE} is of {own.name}, and the kit of {kit.name}"
+            f"{folder / site_folder.SITE} is of {own.name}, and the kit of {kit.name}"
         )
-    if site.read_key(folder).public != kit.roster.keys.get(kit.name):
+    if site_folder.read_key(folder).public != kit.roster.keys.get(kit.name):
         raise ConfigurationError(
-            f"{folder / site.KEY} is not the key that the roster has for {kit.name}: enrol it, "
-            f"`securefl site enroll`"
+            f"{folder / site_folder.KEY} is not the key that the roster has for "
+            f"{kit.name}: enrol it, `securefl site enroll`"
         )
-    site.open_ledger(folder).close()
+    site_folder.open_ledger(folder).close()
     return folder
 
 

@@ -19,7 +19,8 @@ from securefl.data.tables import Task, near
 from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
-from securefl.site import SITE, Gate, Load, open_ledger, read_key
+from securefl.site import Gate, Load
+from securefl.site_folder import SITE, open_ledger, read_key
 from securefl.store import SiteStore
 
 

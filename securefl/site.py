@@ -8,20 +8,18 @@ all of them before a record is read.
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal, final
+from typing import Annotated, Literal, final
 
 import msgspec
 from msgspec import Meta
 
 from protocols.errors import MalformedMessageError
-from protocols.identity import Identity, Roster, SigningKey, digest
+from protocols.identity import Identity, Roster, digest
 from securefl import agreement, config, models, store
 from securefl.client import Client
 from securefl.config import ConfigurationError, Experiment
@@ -29,86 +27,15 @@ from securefl.data import Records, Table
 from securefl.messages import Answer, Proposal, Refusal, parse_asked, printable
 from securefl.preprocessing import Preprocessor
 from securefl.privacy import policy
-from securefl.privacy.ledger import Ledger
 from securefl.privacy.policy import Asked, PolicyError
+from securefl.site_folder import SITE, read_key
 from securefl.store import CorruptStoreError
-
-SITE: Final = "site.toml"
-KEY: Final = "site.key"
-LEDGER: Final = "ledger.sqlite"
 
 Load = Callable[[Experiment], Records]
 """The site's own records for an experiment; called only after everything else was checked."""
 
 MakeClient = Callable[[Experiment, Identity, bytes, bytes, Records], Client]
 """(experiment, identity, session, run, records) -> the client that answers requests."""
-
-
-def make_key(folder: Path) -> SigningKey:
-    """Make the site's long-lived key, readable by its owner only.
-
-    Raises ConfigurationError when there is one: a key is never replaced.
-    """
-    secret = os.urandom(32)
-    try:
-        store.write_secret(folder / KEY, secret)
-    except FileExistsError:
-        raise ConfigurationError(
-            f"{folder / KEY} exists: the site has its key; keep it, or name another folder"
-        ) from None
-    return SigningKey(lambda size: secret)
-
-
-def read_key(folder: Path) -> SigningKey:
-    """The site's key. Raises ConfigurationError when there is none, or others may read it."""
-    path = folder / KEY
-    try:
-        others = stat.S_IMODE(path.stat().st_mode) & 0o077
-        secret = path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot read {path}: {error.strerror}; `securefl site init` makes it"
-        ) from None
-    if others:
-        raise ConfigurationError(f"{path} can be read by others: chmod 600 {path}")
-    if len(secret) != 32:
-        raise CorruptStoreError(f"{path} is damaged: restore it from a copy")
-    return SigningKey(lambda size: secret)
-
-
-def open_ledger(folder: Path) -> Ledger:
-    """The site's ledger, with its data set and budget as site.toml has them.
-
-    Raises ConfigurationError where the ledger has another budget: a person changes that, by name.
-    """
-    site = config.load_site(folder / SITE)
-    ledger = Ledger(folder / LEDGER)
-    try:
-        _register(ledger, site)
-    except ConfigurationError as error:
-        ledger.close()
-        raise ConfigurationError(
-            f"{folder / SITE}: {error}; `securefl site budget --site {folder} --by NAME` changes it"
-        ) from None
-    return ledger
-
-
-def change_budget(folder: Path, by: str) -> None:
-    """Give the data set the budget and purpose of site.toml, in the name of a person."""
-    with Ledger(folder / LEDGER) as ledger:
-        _register(ledger, config.load_site(folder / SITE), by)
-
-
-def _register(ledger: Ledger, site: config.Site, by: str = "") -> None:
-    budget = site.budget
-    ledger.register(
-        site.data.id,
-        unit=budget.unit,
-        epsilon=budget.epsilon,
-        delta=budget.delta,
-        purpose=site.data.purpose,
-        by=by,
-    )
 
 
 class _UnfitError(RuntimeError):

@@ -65,7 +65,7 @@ def init(
     output: OutputFormat = Format.text,
 ) -> None:
     """Make a site: site.toml with a safe policy, and the site's key. Prints the public key."""
-    from securefl import site as sites
+    from securefl import site_folder as sites
     from securefl import store
 
     path = folder / sites.SITE
@@ -198,7 +198,7 @@ def budget(
     by: Annotated[str, typer.Option(help="Who changes it: a person's name.")],
 ) -> None:
     """Give the data set the budget and purpose that site.toml has now: an entry of the ledger."""
-    from securefl.site import SITE, change_budget
+    from securefl.site_folder import SITE, change_budget
 
     own = config.load_site(folder / SITE)
     change_budget(folder, by)
@@ -255,7 +255,7 @@ def log(
 def _faults(folder: Path, key: str | None) -> tuple[Fault, ...]:
     from securefl import audit_log
     from securefl.privacy.ledger import Ledger
-    from securefl.site import LEDGER, read_key
+    from securefl.site_folder import LEDGER, read_key
 
     try:
         public = bytes.fromhex(key) if key is not None else read_key(folder).public
@@ -340,7 +340,7 @@ def _looked_at(
     """What is asked, or every rule that is broken."""
     from securefl.privacy import policy
     from securefl.privacy.ledger import Ledger
-    from securefl.site import LEDGER, SITE
+    from securefl.site_folder import LEDGER, SITE
 
     experiment, own = config.load(path), config.load_site(folder / SITE)
     broken = policy.broken(own, experiment, count, parameters, date.today())

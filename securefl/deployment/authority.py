@@ -27,7 +27,7 @@ from msgspec import Meta
 
 from protocols.errors import ProtocolError
 from protocols.identity import Roster, SigningKey, digest
-from securefl import site, store
+from securefl import site_folder, store
 from securefl.config import ConfigurationError
 from securefl.deployment import certificates, pages
 from securefl.deployment.certificates import DAYS, Root
@@ -442,8 +442,8 @@ def _tls_key(folder: Path, role: Role) -> RSAPrivateKey:
 
 def _signing_key(folder: Path) -> SigningKey:
     """The Ed25519 key in a site's folder, made where it is not there yet."""
-    had_one = (folder / site.KEY).exists()
-    return site.read_key(folder) if had_one else site.make_key(folder)
+    had_one = (folder / site_folder.KEY).exists()
+    return site_folder.read_key(folder) if had_one else site_folder.make_key(folder)
 
 
 def _check_name(name: str) -> None:

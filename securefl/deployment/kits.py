@@ -27,7 +27,7 @@ from cryptography import x509
 from msgspec import Meta
 
 from protocols.identity import Roster
-from securefl import config, site, store
+from securefl import config, site_folder, store
 from securefl.config import ConfigurationError
 from securefl.deployment import certificates
 
@@ -292,10 +292,10 @@ def check_keys(kit: Kit, papers: Papers) -> None:
             f"{papers.about.name} is not in the roster of {papers.about.consortium} any more: "
             "ask the consortium's keeper"
         )
-    if site.read_key(kit.folder).public.hex() != pinned:
+    if site_folder.read_key(kit.folder).public.hex() != pinned:
         raise ConfigurationError(
-            f"{kit.folder / site.KEY} is not the key that the roster pins for {kit.name}: put back "
-            "the key that this folder was enrolled with"
+            f"{kit.folder / site_folder.KEY} is not the key that the roster pins for "
+            f"{kit.name}: put back the key that this folder was enrolled with"
         )
 
 
@@ -329,9 +329,9 @@ def install(newer: Path, folder: Path) -> Kit:
 
 def unpinned(kit: Kit) -> tuple[str, ...]:
     """What site.toml pins otherwise than the roster: what to write there, in words."""
-    if kit.role is not Role.site or not (kit.folder / site.SITE).exists():
+    if kit.role is not Role.site or not (kit.folder / site_folder.SITE).exists():
         return ()
-    path = kit.folder / site.SITE
+    path = kit.folder / site_folder.SITE
     pinned = config.load_site(path).consortium
     keys = {name: key for name, key in kit.pins.keys.items() if name != kit.name}
     lines = [

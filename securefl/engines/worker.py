@@ -14,7 +14,7 @@ from protocols.identity import Identity, Roster, SigningKey
 from securefl import config, simulation
 from securefl.config import ConfigurationError
 from securefl.engines.inprocess import Answering
-from securefl.site import read_key
+from securefl.site_folder import read_key
 
 
 class WorkerFailedError(RuntimeError):

@@ -33,7 +33,7 @@ from securefl.engines import Exchange
 from securefl.privacy.ledger import Charged, Ledger
 from securefl.records import History, read_history
 from securefl.runs import run
-from securefl.site import LEDGER
+from securefl.site_folder import LEDGER
 
 SITES = ("middle", "north", "south")
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "heart_disease"
@@ -128,6 +128,8 @@ def wait(until: Callable[[], object], what: str, seconds: float = 60.0) -> None:
 
 class Deployment:
     """A consortium on this machine, its nodes started through the command line."""
+
+    wait = staticmethod(wait)
 
     def __init__(self, folder: Path, sites: tuple[str, ...] = SITES, days: int = 360) -> None:
         self.folder, self.sites = folder, sites

@@ -40,7 +40,7 @@ from securefl.messages import (
 from securefl.privacy.accounting import PoissonGaussian, Repeated
 from securefl.privacy.ledger import Charged, Ledger, Logged
 from securefl.runs import run
-from securefl.site import KEY, LEDGER, SITE, make_key, read_key
+from securefl.site_folder import KEY, LEDGER, SITE, make_key, read_key
 from securefl.store import CorruptStoreError
 
 NAMES: Final = ("site-1", "site-2", "site-3")

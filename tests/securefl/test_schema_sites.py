@@ -15,7 +15,7 @@ from securefl.privacy.ledger import Charged, Ledger
 from securefl.privacy.training import Trainer
 from securefl.records import read_history
 from securefl.runs import RunFailedError, resume, run
-from securefl.site import LEDGER, make_key
+from securefl.site_folder import LEDGER, make_key
 from securefl.store import SiteStore
 
 SITES = ("east", "north", "south")

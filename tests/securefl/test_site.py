@@ -27,7 +27,8 @@ from securefl.engines import inprocess
 from securefl.messages import Answer, PinnedKey, Proposal, Refusal, Request, parse_reply
 from securefl.privacy import policy
 from securefl.server import Server
-from securefl.site import KEY, SITE, Consents, Gate, make_key, read_key
+from securefl.site import Consents, Gate
+from securefl.site_folder import KEY, SITE, make_key, read_key
 from securefl.state import GlobalState
 from securefl.store import CorruptStoreError, SiteStore
 

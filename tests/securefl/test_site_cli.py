@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from securefl import cli, config
 from securefl.config import Policy
 from securefl.privacy import policy
-from securefl.site import KEY, LEDGER, SITE, Consents, read_key
+from securefl.site import Consents
 from securefl.site_cli import _TEMPLATE
+from securefl.site_folder import KEY, LEDGER, SITE, read_key
 
 EXPERIMENT = """
 name = "relapse"

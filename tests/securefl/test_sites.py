@@ -17,7 +17,7 @@ from securefl.config import ConfigurationError, Experiment
 from securefl.privacy.ledger import Charged, Head, Ledger
 from securefl.records import read_history
 from securefl.runs import RunFailedError, resume, run
-from securefl.site import LEDGER, make_key, open_ledger, read_key
+from securefl.site_folder import LEDGER, make_key, open_ledger, read_key
 from securefl.store import SiteStore
 
 NAMES = ("site-1", "site-2", "site-3")
@@ -194,7 +194,7 @@ def test_a_budget_changes_by_a_person_only(folders):
     path.write_text(path.read_text().replace("epsilon = 3.0", "epsilon = 5.0"))
     with pytest.raises(ConfigurationError, match=r"securefl site budget --site .* --by NAME"):
         open_ledger(own / "site-1")
-    from securefl.site import change_budget
+    from securefl.site_folder import change_budget
 
     change_budget(own / "site-1", "Dr. Weber")
     with open_ledger(own / "site-1") as ledger:

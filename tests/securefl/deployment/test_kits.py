@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from securefl import site
+from securefl import site_folder
 from securefl.config import ConfigurationError
 from securefl.deployment import kits
 from securefl.deployment.certificates import now_utc
 from securefl.deployment.kits import Kit, Role
+from securefl.store import CorruptStoreError
 
 NOW = now_utc()
 
@@ -24,7 +25,7 @@ def test_a_kit_says_who_it_is(made: Path) -> None:
     assert (server.role, server.name, server.bind) == (Role.server, "server", "127.0.0.1:18021")
     assert (a.role, a.name, a.consortium, a.bind) == (Role.site, "a", "trial", "")
     assert (a.host, a.port) == ("127.0.0.1", 18021)
-    assert a.roster.keys["a"] == site.read_key(a.folder).public
+    assert a.roster.keys["a"] == site_folder.read_key(a.folder).public
     assert a.expires - NOW > timedelta(days=358)
     steward = Kit.load(server.folder / kits.STEWARD)
     assert (steward.role, steward.name) == (Role.administrator, "steward")
@@ -100,7 +101,7 @@ def test_what_is_missing_or_damaged_is_said_in_one_line(
 ) -> None:
     folder = copy() / "trial/kits/a"
     (folder / path).unlink() if data is None else (folder / path).write_bytes(data)
-    with pytest.raises((ConfigurationError, site.CorruptStoreError)) as error:
+    with pytest.raises((ConfigurationError, CorruptStoreError)) as error:
         Kit.load(folder).check(NOW)
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
@@ -121,7 +122,7 @@ def test_the_steward_goes_with_the_server(copy: Callable[[], Path]) -> None:
 def test_site_toml_that_pins_otherwise_is_told_line_by_line(copy: Callable[[], Path]) -> None:
     kit = Kit.load(copy() / "trial/kits/a")
     assert kits.unpinned(kit) == ()
-    (kit.folder / site.SITE).write_text(
+    (kit.folder / site_folder.SITE).write_text(
         'version = 1\nname = "a"\n[data]\nid = "x"\npurpose = "y"\n[budget]\nunit = "record"\n'
         f'epsilon = 1.0\ndelta = 1e-5\n[consortium]\nb = "{"0" * 64}"\nz = "{"1" * 64}"\n'
     )
