@@ -84,7 +84,7 @@ def examine(
     yield Finding("kit", Verdict.ok, f"{kit.role} {kit.name} of {kit.consortium}")
     yield from _papers(kit, now)
     yield _clock(kit, now)
-    yield _disk(folder)
+    yield room(shutil.disk_usage(folder).free)
     yield _proxy(kit, environment)
     if kit.role is Role.server:
         yield _listening(kit)
@@ -172,8 +172,8 @@ def _clock(kit: Kit, now: datetime) -> Finding:
     return _ok("clock", f"{says}, after the kit was made; the server's cannot be asked")
 
 
-def _disk(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free
+def room(free: int) -> Finding:
+    """Whether `free` bytes are enough for runs and logs."""
     found = f"{free / _GIB:.1f} GiB are free where the kit lies"
     if free >= _ENOUGH:
         return _ok("disk", found)

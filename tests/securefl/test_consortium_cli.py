@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from securefl import cli, config
-from securefl.deployment import certificates, doctor
+from securefl.deployment import certificates
 from securefl.deployment.authority import Consortium
-from securefl.deployment.doctor import Finding, Verdict, examine, proxy_for
+from securefl.deployment.doctor import Finding, Verdict, examine, proxy_for, room
 from securefl.deployment.kits import Kit
 
 NOW = certificates.now_utc()
@@ -261,10 +261,8 @@ def test_a_password_in_a_proxy_variable_is_not_shown(made: Path) -> None:
     assert "through 127.0.0.1:9" in told["port"].found
 
 
-def test_little_room_is_a_warning_and_none_a_fault(
-    made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for free, verdict in ((1 << 40, Verdict.ok), (1 << 30, Verdict.warning), (9, Verdict.fault)):
-        usage = shutil._ntuple_diskusage(1 << 41, 0, free)  # type: ignore[attr-defined]
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, usage=usage: usage)
-        assert _found(made / "trial/kits/a")["disk"].verdict is verdict
+@pytest.mark.parametrize(
+    ("free", "verdict"), [(1 << 40, Verdict.ok), (1 << 30, Verdict.warning), (9, Verdict.fault)]
+)
+def test_little_room_is_a_warning_and_none_a_fault(free: int, verdict: Verdict) -> None:
+    assert room(free).verdict is verdict
