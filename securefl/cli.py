@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Self, TextIO
 
 import typer
 
-from securefl import config, consortium_cli, data_cli, deployment_cli, ledger_cli, site_cli
+from securefl import (
+    config,
+    consortium_cli,
+    data_cli,
+    deployment_cli,
+    doctor_cli,
+    ledger_cli,
+    site_cli,
+)
 from securefl.config import ConfigurationError
 from securefl.terminal import Format, OneLineErrors, print_json, say, told
 
@@ -329,6 +337,7 @@ def join(target: typer.Typer, entries: Iterable[importlib.metadata.EntryPoint]) 
 app.add_typer(data_cli.app, name="data")
 app.add_typer(ledger_cli.app, name="ledger")
 app.add_typer(consortium_cli.app, name="consortium")
+app.command()(doctor_cli.doctor)
 app.add_typer(site_cli.site, name="site")
 deployment_cli.mount(app, site_cli.site)
 

@@ -53,18 +53,23 @@ def _site() -> None:
 @site.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The site's folder to make.")],
-    name: Annotated[str, typer.Option(help="What the consortium calls this site.")],
     data_id: Annotated[str, typer.Option(help="A name for the data set, in the ledger.")],
     unit: Annotated[Unit, typer.Option(help="What the budget protects and counts.")],
     epsilon: Annotated[float, typer.Option(help="The budget of the data set, for ever.")],
     delta: Annotated[float, typer.Option(help="Of the budget: below one over the records.")],
     purpose: Annotated[str, typer.Option(help="What the records are used for, in one line.")],
+    name: Annotated[
+        str | None, typer.Option(help="What the consortium calls this site; a kit says it.")
+    ] = None,
     person: Annotated[
         str | None, typer.Option(help="The column that says whose a record is (unit person).")
     ] = None,
     output: OutputFormat = Format.text,
 ) -> None:
-    """Make a site: site.toml with a safe policy, and the site's key. Prints the public key."""
+    """Make a site: site.toml with a safe policy, and the site's key. Prints the public key.
+
+    In a kit the consortium has its name for the site, its key, and the other sites' keys.
+    """
     from securefl import site_folder as sites
     from securefl import store
 
@@ -75,8 +80,10 @@ def init(
         raise ConfigurationError(
             "--unit person needs --person COLUMN: the column that says whose a record is"
         )
+    called, consortium = _joined(folder, name)
     text = _TEMPLATE.format(
-        name=_quoted(name),
+        name=_quoted(called),
+        consortium=consortium,
         id=_quoted(data_id),
         purpose=_quoted(purpose),
         person=f"person = {_quoted(person)}" if person else '# person = "COLUMN"',
@@ -97,7 +104,8 @@ def init(
     typer.echo(f"site       {path}   read it, and change what it permits")
     typer.echo(f"key        {folder / sites.KEY}   secret; keep a copy where nobody else reads it")
     typer.echo(f"public key {public}")
-    typer.echo("Give the public key to the other sites, and put theirs under [consortium].")
+    if consortium == _NOBODY:
+        typer.echo("Give the public key to the other sites, and put theirs under [consortium].")
 
 
 @site.command()
@@ -334,6 +342,32 @@ def _cells(one: Exchanged) -> Iterator[tuple[str, str]]:
         yield f"{spent} of {cost.budget:g}", "bold"
 
 
+def _joined(folder: Path, name: str | None) -> tuple[str, str]:
+    """What the site is called, and the other sites' keys: from the kit in `folder` if it is one."""
+    from securefl.deployment.kits import KIT, Kit, Role
+    from securefl.site_folder import KEY
+
+    if not (folder / KIT).exists():
+        if name is None:
+            raise ConfigurationError(
+                f"say --name NAME: what the consortium calls this site ({folder} is not a kit, "
+                "which would say it)"
+            )
+        return name, _NOBODY
+    kit = Kit.load(folder)
+    if kit.role is not Role.site:
+        raise ConfigurationError(f"{folder} is the kit of the {kit.name}: name a site's own folder")
+    if not (folder / KEY).exists():
+        raise ConfigurationError(
+            f"{folder} is a kit without keys: `securefl site enroll FOLDER --kit {folder}` "
+            "installs it where its keys are"
+        )
+    if name not in (None, kit.name):
+        raise ConfigurationError(f"--name {name}: this kit is of {kit.name}; leave --name out")
+    others = {site: key.hex() for site, key in kit.roster.keys.items() if site != kit.name}
+    return kit.name, "\n".join(f'{site} = "{key}"' for site, key in others.items())
+
+
 def _looked_at(
     path: Path, folder: Path, count: int, parameters: int
 ) -> tuple[Asked | None, tuple[PolicyError, ...]]:
@@ -417,6 +451,7 @@ def _quoted(text: str) -> str:
     return tomli_w.dumps({"x": str(text)}).removeprefix("x = ").strip()
 
 
+_NOBODY = f'# south = "{"0" * 64}"'
 _TEMPLATE = """\
 # What this site permits; docs/site-policy.md explains every key. In [policy] a line that starts
 # with # shows the default: take the # away to change it. Who writes this file decides for the site.
@@ -470,5 +505,5 @@ delta = {delta}
 
 # The other sites' public keys, as their people handed them over.
 [consortium]
-# south = "0000000000000000000000000000000000000000000000000000000000000000"
+{consortium}
 """

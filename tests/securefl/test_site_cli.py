@@ -83,6 +83,7 @@ def test_init_makes_a_safe_site_and_prints_the_public_key_only(
 def test_the_comments_of_site_toml_are_the_defaults() -> None:
     """Each policy key is there, and taking the # away changes nothing but what must be chosen."""
     text = _TEMPLATE.format(
+        consortium="",
         name='"north"',
         id='"a"',
         purpose='"b"',

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from securefl.deployment.authority import Consortium
+from securefl.deployment.certificates import now_utc
+from securefl.deployment.doctor import Verdict, examine
 from securefl.deployment.kits import Kit, Role
 
 nvflare = pytest.importorskip("nvflare", reason="needs the extra flare")
@@ -101,7 +103,9 @@ def _until(true: Any) -> None:
 
 
 @pytest.mark.slow
-def test_flare_starts_from_our_kits_and_refuses_a_removed_site(tmp_path: Path) -> None:
+def test_flare_starts_from_our_kits_refuses_a_removed_site_and_doctor_sees_it(
+    tmp_path: Path,
+) -> None:
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     consortium = Consortium.new(tmp_path / "trial", f"127.0.0.1:{_free_port()}", ["a", "b"])
@@ -117,6 +121,11 @@ def test_flare_starts_from_our_kits_and_refuses_a_removed_site(tmp_path: Path) -
 
         _until(lambda: said("a", "Successfully registered"))
         _until(lambda: said("server", "requires identity 'removed:b'"))
+        for kit in (server, a, administrator):
+            found = examine(kit.folder, now=now_utc(), environment={})
+            about = {finding.about: finding for finding in found}
+            reached = about["port" if kit is server else "server"]
+            assert reached.verdict is Verdict.ok, reached
         session = new_secure_session("administrator", str(administrator.flare), timeout=30)
         try:
             assert [client.name for client in session.get_connected_client_list()] == ["a"]
