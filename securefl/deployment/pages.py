@@ -78,7 +78,8 @@ _COMMON = """
 _SERVER = (
     """# {consortium}: the server's kit
 
-The server adds up what the sites send. With the default protocols it cannot read what one site sent.
+The server adds up what the sites send. With the default protocols it cannot read what one site
+sent.
 
 1. Put this folder on the server's machine, and install there: `pip install 'securefl[flare]'`.
 2. The sites reach it as **{host}**, TCP port **{port}**; it listens at {bind}. Open that one port
