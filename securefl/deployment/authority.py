@@ -51,6 +51,8 @@ AUTHORITY: Final = "authority"
 KITS: Final = "kits"
 TRUTH: Final = "consortium.toml"
 PORT: Final = 8002
+ROOT_WARN: Final = timedelta(days=DAYS)
+"""How long before the root expires its keeper is told: everyone has to enrol again by then."""
 _RESERVED: Final = (SERVER, ADMINISTRATOR, STEWARD, AUTHORITY, KITS, "admin")
 _FLARE_ROLES: Final = {ADMINISTRATOR: "project_admin", STEWARD: "lead"}
 _Hex = Annotated[str, Meta(pattern=r"\A([0-9a-f]{2})+\Z")]
@@ -270,6 +272,12 @@ class Consortium:
     def due(self, now: datetime) -> tuple[str, ...]:
         """What has to be done, in words: certificates that expire, or have."""
         lines = []
+        root = certificates.read_certificate(self.folder / AUTHORITY / "root.crt")
+        if root.not_valid_after_utc - now <= ROOT_WARN:
+            lines.append(
+                f"the consortium's own certificate ends on {root.not_valid_after_utc:%Y-%m-%d}, "
+                "and no other outlives it: make a new consortium before (`securefl consortium new`)"
+            )
         for name, member in self.members.items():
             left = member.expires - now
             if left <= WARN:

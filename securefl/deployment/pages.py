@@ -11,7 +11,7 @@ def consortium(name: str, pins: Pins) -> str:
     removed = ", ".join(pins.removed)
     gone = (
         f"\n**Removed: {removed}.** Hand `kits/server` over at once: the server refuses them once "
-        "it has it.\n"
+        "it has it and was started again.\n"
         if removed
         else ""
     )
@@ -78,7 +78,8 @@ _COMMON = """
 _SERVER = (
     """# {consortium}: the server's kit
 
-The server adds up what the sites send. It cannot read what one site sent.
+The server adds up what the sites send. With the default protocols it cannot read what one site
+sent.
 
 1. Put this folder on the server's machine, and install there: `pip install 'securefl[flare]'`.
 2. The sites reach it as **{host}**, TCP port **{port}**; it listens at {bind}. Open that one port
@@ -95,8 +96,8 @@ stays where it is.
 _SITE = (
     """# {consortium}: the kit of {name}
 
-Your records stay on your machine. It sends masked, encrypted sums only, and only for runs that you
-permit.
+Your records stay on your machine. What it sends is for runs that you permit, and, unless you permit
+otherwise, masked and encrypted: only the sum over all sites can be opened.
 
 1. Put this folder on your machine, and install there: `pip install 'securefl[flare]'`.
 2. Your machine opens connections to **{host}**, TCP port **{port}**, and to nothing else. Nobody

@@ -326,6 +326,14 @@ def test_a_bind_address_that_flare_would_not_keep_is_refused(tmp_path: Path) -> 
         Consortium.new(tmp_path / "x", "fl.example.org", ["a"], bind="10.0.0.7")
 
 
+def test_the_keeper_is_told_a_year_before_the_root_ends(made: Path) -> None:
+    consortium = Consortium.load(made / "trial")
+    root = certificates.read_certificate(made / "trial/authority/root.crt")
+    early = root.not_valid_after_utc - timedelta(days=361)
+    assert not any("own certificate" in line for line in consortium.due(early))
+    assert "own certificate ends" in consortium.due(early + timedelta(days=1))[0]
+
+
 def test_no_certificate_outlives_the_root() -> None:
     root = Root.make("trial", NOW)
     key = make_key().public_key()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,6 +107,7 @@ def _until(true: Any) -> None:
 def test_flare_starts_from_our_kits_refuses_a_removed_site_and_doctor_sees_it(
     tmp_path: Path,
 ) -> None:
+    from nvflare.apis.fl_exception import FLCommunicationError
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     consortium = Consortium.new(tmp_path / "trial", f"127.0.0.1:{_free_port()}", ["a", "b"])
@@ -132,3 +134,12 @@ def test_flare_starts_from_our_kits_refuses_a_removed_site_and_doctor_sees_it(
         finally:
             session.close()
         assert not said("b", "Successfully registered")
+        # Nor by the administrators' door, where FLARE lets any certificate's connection in.
+        posing = Path(shutil.copytree(administrator.flare, tmp_path / "posing"))
+        for name in ("client.key", "client.crt"):
+            shutil.copy(b.flare / "startup" / name, posing / "startup")
+        startup = posing / "startup/fed_admin.json"
+        startup.write_text(startup.read_text().replace('"administrator"', '"b"'))
+        with pytest.raises(FLCommunicationError, match="client_registration"):
+            new_secure_session("b", str(posing), timeout=10)
+        assert said("server", "Reject disabled client registration: b")
