@@ -50,6 +50,10 @@ class Job(Protocol):
     @property
     def sites(self) -> tuple[str, ...]: ...
     @property
+    def deployed(self) -> tuple[str, ...]: ...
+    @property
+    def silent(self) -> tuple[str, ...]: ...
+    @property
     def gives_way(self) -> bool: ...
     @property
     def stops(self) -> bool: ...
@@ -103,6 +107,7 @@ class _Conducted:
             least=agreement.thresholds(experiment, len(names)).minimum,
             job=job.job,
             jobs=jobs + 1,
+            deployed=job.deployed,
         )
 
     def go(self, begun: bool) -> None:
@@ -161,7 +166,7 @@ class _Conducted:
             raise GivesWayError
 
     def _say(self, **changes: object) -> None:
-        here = {"sites": self._job.sites, **changes}
+        here = {"sites": self._job.sites, "silent": self._job.silent, **changes}
         self._told = msgspec.structs.replace(self._told, **here)
         write_progress(self._folder, self._told)
 

@@ -31,6 +31,10 @@ class JobEndedError(Exception):
     """FLARE ends the job, or it gives way to the next one: the run goes on from its checkpoint."""
 
 
+class SiteFailedError(Exception):
+    """A site's job process answers, and its service does not."""
+
+
 class RoundController(Controller):  # type: ignore[misc]
     """Runs `experiment` (TOML) as `run`, or goes on with it where its folder is there already."""
 
@@ -42,6 +46,7 @@ class RoundController(Controller):  # type: ignore[misc]
         self._give_way = threading.Event()
         self._stop = threading.Event()
         self._away: set[str] = set()
+        self._silent: set[str] = set()
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Nothing to begin before the run does."""
@@ -79,10 +84,19 @@ class RoundController(Controller):  # type: ignore[misc]
         return str(self._fl_ctx.get_job_id())
 
     @property
+    def deployed(self) -> tuple[str, ...]:
+        """The sites that FLARE started this job at."""
+        return tuple(sorted(client.name for client in self._fl_ctx.get_engine().get_clients()))
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that take part in this job, but for those that fell silent."""
-        names = {client.name for client in self._fl_ctx.get_engine().get_clients()}
-        return tuple(sorted(names - self._away))
+        """Those of them that did not fall out."""
+        return tuple(site for site in self.deployed if site not in self._away)
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Of the sites that fell out of the job, those whose process does not answer at all."""
+        return tuple(sorted(self._silent))
 
     @property
     def gives_way(self) -> bool:
@@ -114,8 +128,7 @@ class RoundController(Controller):  # type: ignore[misc]
     def exchange(self, messages: Mapping[str, bytes], waits: Waits) -> dict[str, bytes]:
         """Ask the sites all at once; who is silent or late is left out (see `Waits`)."""
         self.check()
-        in_job = {client.name for client in self._fl_ctx.get_engine().get_clients()}
-        present = sorted(in_job & set(messages))
+        present = sorted(set(self.deployed) & set(messages))
         if not present:
             return {}
         asking = _Asking(self._tell, waits, self._ended)
@@ -131,22 +144,33 @@ class RoundController(Controller):  # type: ignore[misc]
         """One site: whoever dropped out before is asked only when it is back."""
         reply = None
         try:
-            if site not in self._away or self._tell(site, Shareable(), PING) is not None:
-                self._away.discard(site)
+            if site not in self._away or self._is_back(site):
                 reply = asking.ask(site, data)
                 if reply is None and not asking.over:
                     self._away.add(site)
         finally:
             asking.done(site, reply)
 
+    def _is_back(self, site: str) -> bool:
+        try:
+            there = self._tell(site, Shareable(), PING) is not None
+        except SiteFailedError:
+            return False
+        (self._silent.discard if there else self._silent.add)(site)
+        if there:
+            self._away.discard(site)
+        return there
+
     def _tell(self, site: str, request: Shareable, timeout: float) -> Shareable | None:
-        """What the site's executor says; None where it says nothing, or that it failed."""
+        """What the site's executor says, or None; SiteFailedError where its service is gone."""
         engine = self._fl_ctx.get_engine()
         with engine.new_context() as context:
             # A copy: FLARE writes headers into what it sends.
             parts = ([site], TOPIC, Shareable(request), timeout, context)
             replies = engine.send_aux_request(*parts, optional=True) or {}
         reply = replies.get(site)
+        if reply is not None and reply.get_return_code() == ReturnCode.EXECUTION_EXCEPTION:
+            raise SiteFailedError(site)
         if reply is None or reply.get_return_code() != ReturnCode.OK:
             return None
         return reply
@@ -201,7 +225,10 @@ class _Asking:
         told, heard = whole, time.monotonic()
         while not self.over:
             left = self._end - time.monotonic()
-            reply = self._tell(site, told, min(HOLD + 10, max(1.0, left)))
+            try:
+                reply = self._tell(site, told, min(HOLD + 10, max(1.0, left)))
+            except SiteFailedError:
+                return None
             if reply is None:
                 if time.monotonic() - heard > self._waits.patience:
                     return None

@@ -27,7 +27,7 @@ TOPIC: Final = "securefl"
 HOLD: Final = 5.0
 """Seconds that the executor keeps the server waiting for a reply before it says: not yet."""
 
-RESTART: Final = 60.0
+RESTART: Final = 30.0
 """Seconds that a service may take to come back before a request counts as lost."""
 
 
@@ -61,7 +61,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def _on_request(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         told = request.get("hash")
         if told is None:  # is anybody there?
-            return make_reply(ReturnCode.OK)
+            return self._present()
         with self._turn:
             if self._current is None or self._current[0] != told:
                 data = request.get("data")
@@ -81,6 +81,14 @@ class SiteExecutor(Executor):  # type: ignore[misc]
                 self._current = None
             self.logger.warning(f"the site's service does not answer: {error}")
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+
+    def _present(self) -> Shareable:
+        """OK where the site's service can be reached."""
+        try:
+            Connection(self._folder, timeout=1.0).close()
+        except OSError:
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+        return make_reply(ReturnCode.OK)
 
     def _asked(self, data: bytes, proposal: bool) -> bytes:
         """The gate's reply; OSError when the service stays away."""

@@ -32,6 +32,9 @@ CLASSES: Final = (
 HEARTBEAT: Final = 60
 """Seconds without a heartbeat after which FLARE's server forgets a site until it is back."""
 
+BEAT: Final = 3.0
+"""Seconds between a site's heartbeats."""
+
 _MARK: Final = "SECUREFL_KIT"
 _LONGEST_WAIT: Final = 30.0
 
@@ -192,7 +195,7 @@ def programs(kit: Kit, site: Path | None = None, data: Path | None = None) -> tu
     start = "fed_server.json" if kit.role == "server" else "fed_client.json"
     settings = ["secure_train=true", "config_folder=config", "org=securefl"]
     if kit.role == "site":
-        settings.append(f"uid={kit.name}")
+        settings += [f"uid={kit.name}", f"heart_beat_interval={BEAT:g}"]
     flare = Program(
         "flare",
         (*python, fed + module, "-m", str(kit.flare), "-s", start, "--set", *settings),

@@ -29,7 +29,8 @@ class RunProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far a run is.
 
     done: updates of at most `rounds`. names: its sites; least: how many of them a sum needs; sites:
-    those that take part now. job: FLARE's, the last of `jobs`. reason: why it waits or failed.
+    those that take part now. job: FLARE's, the last of `jobs`; deployed: the sites in it; silent:
+    those of them whose process does not answer. reason: why it waits or failed.
     """
 
     version: Literal[1]
@@ -41,6 +42,8 @@ class RunProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     names: tuple[str, ...] = ()
     least: int = 0
     sites: tuple[str, ...] = ()
+    deployed: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
     job: str = ""
     jobs: int = 0
     reason: str = ""

@@ -32,6 +32,9 @@ from securefl.deployment.progress import (
 MOST_JOBS: Final = 5
 """A run fails after this many jobs in a row that finished no round."""
 
+ALIVE: Final = 12.0
+"""Seconds since its last heartbeat within which a site counts as connected."""
+
 SETTLE: Final = 3.0
 """Seconds that the set of connected sites must not have changed before a run goes on."""
 
@@ -68,10 +71,12 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def connected(self) -> tuple[str, ...]:
-        """The sites that are connected to the server."""
+    def connected(self, within: float = float("inf")) -> tuple[str, ...]:
+        """The sites that are connected; within: seconds since a heartbeat, by this clock."""
         with _quiet():
-            return tuple(sorted(c.name for c in self._session.get_connected_client_list()))
+            clients = self._session.get_connected_client_list()
+        now = time.time()
+        return tuple(sorted(c.name for c in clients if now - c.last_connect_time <= within))
 
     def submit(self, run: str, experiment: str, least: int) -> str:
         """A job for `run`; with an empty `experiment` it goes on from its checkpoint. Its id."""
@@ -197,7 +202,7 @@ class Steward:
     def _look_after(self, unfinished: dict[str, RunProgress], now: float) -> None:
         if self._session is None:
             self._session = Session(Kit.load(self._kit.folder / "steward"))
-        connected = self._session.connected()
+        connected = self._session.connected(ALIVE)
         if connected != self._seen:
             self._seen, self._since = connected, now
         alive = {
@@ -209,7 +214,9 @@ class Steward:
         for name, progress in unfinished.items():
             job = self._submitted.get(name, progress.job)
             if job in alive and self._lives(job, progress):
-                late = (set(connected) & set(progress.names)) - set(progress.sites)
+                # Only another job can count these in.
+                out = (set(progress.names) - set(progress.deployed)) | set(progress.silent)
+                late = out & set(connected)
                 if late and settled and progress.job == job and job not in self._asked:
                     self._asked.add(job)
                     self._tell(f"{name}: {', '.join(sorted(late))} came: counted in from the next")

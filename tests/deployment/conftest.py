@@ -176,9 +176,9 @@ class Deployment:
         """Whether the site's gate waits there."""
         return (self._holds(site) / f"reached-{point}").exists()
 
-    def release(self, site: str) -> None:
+    def release(self, site: str, point: str = "*") -> None:
         """Have the site's gate wait no more."""
-        for held in self._holds(site).iterdir():
+        for held in self._holds(site).glob(point):
             held.unlink(missing_ok=True)
 
     def _holds(self, site: str) -> Path:
@@ -295,6 +295,18 @@ class Deployment:
     def progress(self, name: str) -> RunProgress | None:
         return read_progress(self.run_folder(name))
 
+    def state(self, name: str) -> str:
+        progress = self.progress(name)
+        return progress.state if progress is not None else ""
+
+    def done(self, name: str) -> int:
+        progress = self.progress(name)
+        return progress.done if progress is not None else 0
+
+    def gives_way(self, name: str) -> bool:
+        """Whether the steward asked for another job of the run."""
+        return f"{name}: " in (self.folder / "server.log").read_text()
+
     def wait_over(self, name: str, seconds: float = 120.0) -> RunProgress:
         """How the run ended."""
 
@@ -361,6 +373,30 @@ class Deployment:
             for process in processes(Kit.load(self.kit(name))):
                 with contextlib.suppress(Exception):
                     process.kill()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    made = Deployment(tmp_path_factory.mktemp("started"))
+    try:
+        made.start_all()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def running(started: Deployment) -> Iterator[Deployment]:
+    """A deployment that all tests of a file share, as it was when it was started."""
+    yield started
+    for site in started.sites:
+        started.release(site)
+    for name, node in started.nodes.items():
+        if node.poll() is not None:
+            before = started.joined(name)
+            started.start(name)
+            if name != "server":
+                started.wait_connected((name,), before + 1)
 
 
 @pytest.fixture
