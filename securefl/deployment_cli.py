@@ -51,6 +51,7 @@ def start(kit_folder: KitFolder) -> None:
     say(f"server of {kit.consortium} on {kit.bind}; logs in {kit.folder / 'logs'}")
     steward = Steward(kit, say)
     nodes.keep_running(kit, nodes.programs(kit), say, steward.beat)
+    steward.close()
     say("stopped")
 
 

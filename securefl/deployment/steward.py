@@ -189,12 +189,13 @@ class Steward:
         try:
             self._look_after(unfinished, now)
         except Exception as error:  # FLARE's server may be down, or FLARE's client in any state
-            self._leave()
+            self.close()
             self._due = now + 5 * self._every
             if not isinstance(error, ConfigurationError):
                 self._tell(f"the steward starts over: {type(error).__name__}: {error}")
 
-    def _leave(self) -> None:
+    def close(self) -> None:
+        """Leave FLARE's server."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -219,8 +220,9 @@ class Steward:
                 late = out & set(connected)
                 if late and settled and progress.job == job and job not in self._asked:
                     self._asked.add(job)
-                    self._tell(f"{name}: {', '.join(sorted(late))} came: counted in from the next")
                     self._session.give_way(job)
+                    came = ", ".join(sorted(late))
+                    self._tell(f"{name}: {came} came: counted in by a job after this round")
             elif settled:
                 self._go_on(name, progress, connected)
 

@@ -146,6 +146,8 @@ class Deployment:
             (self.kit(site) / "site.toml").write_text(text)
         (folder / "experiment.toml").write_text(EXPERIMENT)
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.options: dict[str, tuple[str, ...]] = {}
+        """Of `site start`, by site."""
 
     def _rows(self) -> None:
         """Each site's file, and their schema: the bundled patients, dealt out."""
@@ -190,6 +192,7 @@ class Deployment:
         """Start a node and do not wait."""
         role = "server" if name == "server" else "site"
         command = [sys.executable, "-P", "-m", "securefl.cli", role, "start", str(self.kit(name))]
+        command += self.options.get(name, ())
         with (self.folder / f"{name}.log").open("ab") as log:
             self.nodes[name] = subprocess.Popen(
                 [*prefix, *command],
@@ -244,8 +247,8 @@ class Deployment:
     def experiment(self, *settings: str) -> Experiment:
         return config.load(self.folder / "experiment.toml", settings)
 
-    def check_correct(self, name: str) -> None:
-        """The model is what the same sites' updates give in process, weight for weight; nobody was
+    def check_correct(self, name: str, folders: Mapping[str, Path] | None = None) -> None:
+        """folders: of sites whose own is not their kit. The model is what the same sites' updates give in process, weight for weight; nobody was
         charged for fewer rounds than it took part in, and none was entered twice.
         """
         history = read_history(self.run_folder(name))
@@ -278,12 +281,13 @@ class Deployment:
         assert rounds == sorted(set(rounds))
         for site in self.sites:
             taken_part = sum(site in record.survivors for record in history.rounds)
-            assert self.charged(site, name) >= taken_part, site
+            folder = (folders or {}).get(site, self.kit(site))
+            assert self.charged(site, name, folder) >= taken_part, site
 
-    def charged(self, site: str, name: str) -> int:
+    def charged(self, site: str, name: str, folder: Path | None = None) -> int:
         """How many rounds of training of a run the site's ledger was charged for."""
         run_id = json.loads((self.run_folder(name) / "server.json").read_text())["run"]
-        with Ledger(self.kit(site) / LEDGER) as ledger:
+        with Ledger((folder or self.kit(site)) / LEDGER) as ledger:
             return sum(
                 isinstance(entry, Charged) and entry.run == run_id and not entry.release
                 for entry in ledger.entries

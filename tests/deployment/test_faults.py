@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
+
+pytest.importorskip("nvflare", reason="the extra flare is not installed")
+
+from securefl.deployment.authority import Consortium
 
 PHASES = ("propose", "advertise", "share", "upload", "confirm", "unmask", "open")
 
@@ -109,3 +118,78 @@ def test_a_run_waits_where_too_few_sites_are_left_and_goes_on_when_they_are_back
     over = running.wait_over(name)
     assert over.state == "finished", over
     running.check_correct(name)
+
+
+def test_a_full_disk_at_a_site_is_a_dropout_and_nothing_is_forgotten(deployment) -> None:
+    disk = deployment.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system to fill")
+    try:
+        for file in ("site.toml", "site.key"):
+            shutil.copy(deployment.kit("north") / file, disk)
+        deployment.options["north"] = ("--policy", str(disk / "site.toml"))
+        deployment.start_all()
+        deployment.hold("south", "before-advertise")
+        name = deployment.submit("trial", "rounds=4")
+        deployment.reached("south", "before-advertise")
+        deployment.hold("south", "before-share")
+        deployment.release("south", "before-advertise")
+        deployment.reached("south", "before-share")
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        deployment.hold("south", "before-upload")
+        deployment.release("south", "before-share")
+        deployment.reached("south", "before-upload")
+        deployment.release("south")
+        deployment.wait(lambda: deployment.done(name) >= 1, "a round without north", 60)
+        (disk / "filler").unlink()
+        over = deployment.wait_over(name)
+        assert over.state == "finished", over
+        assert "north" not in deployment.history(name).rounds[0].survivors
+        deployment.check_correct(name, {"north": disk})
+        told = deployment.cli("site", "log", str(disk), "--verify", check=False)
+        assert told.returncode == 0, told.stdout + told.stderr
+    finally:
+        deployment.kill("north")
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_site_whose_clock_is_an_hour_off_takes_part(deployment) -> None:
+    faketime = shutil.which("faketime")
+    if faketime is None:
+        pytest.skip("faketime is not installed")
+    deployment.start("server")
+    for site, prefix in (
+        ("middle", ()),
+        ("north", (faketime, "--exclude-monotonic", "-f", "-1h")),
+        ("south", (faketime, "--exclude-monotonic", "-f", "+1h")),
+    ):
+        deployment.start(site, *prefix)
+    deployment.wait_connected(deployment.sites)
+    name = deployment.submit()
+    over = deployment.wait_over(name)
+    assert over.state == "finished", over
+    assert over.sites == deployment.sites
+    deployment.check_correct(name)
+
+
+def test_an_expired_certificate_is_told_before_anything_starts(tmp_path) -> None:
+    past = datetime.now(UTC) - timedelta(days=400)
+    consortium = Consortium.new(tmp_path / "old", "localhost:1", ("a", "b", "c"), now=past)
+    for arguments in (
+        ("server", "start", str(consortium.kit("server"))),
+        ("site", "start", str(consortium.kit("a"))),
+        ("submit", "x.toml", "--kit", str(consortium.kit("administrator"))),
+    ):
+        command = [sys.executable, "-P", "-m", "securefl.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "expired" in done.stderr
+        assert "consortium renew" in done.stderr
+        assert done.stderr.count("\n") == 1
