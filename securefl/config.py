@@ -442,10 +442,10 @@ class Stopping(Section):
 
 
 class Engine(Section):
-    """Where the clients of a simulation run: on this machine ("local"), or on Ray.
+    """Where the clients of a simulation run, by `kind`: on this machine, or on Ray.
 
-    Local ones run in this process, or in `workers` processes of their own; on Ray in `workers`
-    actors. `address` is of a Ray cluster that this machine is part of; without it Ray starts here.
+    "local" ones run in this process, or in `workers` processes of their own; those on "ray" in
+    `workers` actors. Without an `address` Ray is started here, for this run.
     """
 
     kind: Literal["local", "ray"] = "local"
