@@ -191,7 +191,10 @@ class Actors:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
+        try:
+            ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
+        except RayError as error:
+            raise WorkerFailedError(f"Ray is gone: {_line(error)}") from None
         if not ready:
             return None
         i = self._flying.pop(ready[0])

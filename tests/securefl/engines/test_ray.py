@@ -132,7 +132,7 @@ def test_a_seeded_run_gives_the_same_model_in_process_and_on_ray_and_leaves_no_p
 def test_fifty_sites_on_two_nodes_lose_a_killed_actor_for_one_round_only(
     clustered, private, tmp_path
 ):
-    """It is back in the next with the keys that the others pin; each is charged for the rounds it was in."""
+    """It is back in the next with the keys that others pin; no site pays for the lost one."""
     experiment = clustered(
         "protocol.name=secagg",
         "protocol.colluding_sites=0",
