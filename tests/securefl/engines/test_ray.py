@@ -21,7 +21,9 @@ from securefl.config import ConfigurationError
 from securefl.engines.ray import Actors, Sites
 from securefl.engines.worker import Failed, Start, starts
 from securefl.messages import Request
+from securefl.privacy.ledger import Ledger
 from securefl.records import read_history
+from securefl.site import LEDGER, make_key
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs securefl[ray]")
 
@@ -226,8 +228,29 @@ def test_what_starts_a_worker_shows_no_secret(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_sites_with_folders_of_their_own_are_proposed_the_run_and_charge_their_ledgers(
+    clustered, private, tmp_path
+):
+    names, own = ("site-1", "site-2", "site-3"), tmp_path / "own"
+    for name in names:
+        (own / name).mkdir(parents=True)
+        make_key(own / name)
+        (own / name / "site.toml").write_text(
+            f'version = 1\nname = "{name}"\n[data]\nid = "rows"\npurpose = "a trial"\n'
+            '[budget]\nunit = "record"\nepsilon = 7.0\ndelta = 1e-3\n'
+            '[policy]\nconsent = "standing"\nunknown_sites = true\n'
+        )
+    experiment = clustered("protocol.name=secagg", "rounds=2", *private)
+    assert run(experiment, tmp_path / "run", sites=own).summary.rounds == 2
+    for name in names:
+        with Ledger(own / name / LEDGER) as ledger:
+            assert [told.charged for told in ledger.standing("rows").runs] == [2]
+            assert set(ledger.kept()) == set(names) - {name}
+
+
+@pytest.mark.slow
 def test_a_thousand_sites_of_fifty_thousand_parameters_take_part_in_every_round(tmp_path):
-    """Five rounds of secagg; what they took is in docs/simulations.md."""
+    """Five rounds of secagg, in memory that a small machine has."""
     command = [sys.executable, str(MANY), "ray", "1000", "5"]
     told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     assert told["parameters"] >= 50_000
