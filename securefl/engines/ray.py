@@ -155,12 +155,8 @@ class Actors:
     def _launch(self, i: int, patience: float) -> None:
         """Start actor `i`, in the place of one that is dead."""
         actor = self._actors[i]
-        actor.handle, actor.ready, actor.held, actor.patience = (
-            self._kind.remote(),
-            False,
-            1,
-            patience,
-        )
+        actor.handle, actor.patience = self._kind.remote(), patience
+        actor.ready, actor.held = False, 1  # its start
         self._flying[actor.handle.start.remote(actor.start)] = i
 
     def _await(self) -> None:
