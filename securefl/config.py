@@ -462,8 +462,8 @@ class Engine(Section):
     def _node(cls, told: str | None) -> str | None:
         if told is not None and not re.fullmatch(r"auto|[A-Za-z0-9._-]+:\d{1,5}", told):
             raise ValueError(
-                'write HOST:PORT, as `ray start` prints it, or "auto" for the cluster that this '
-                "machine is part of"
+                f"{told!r} is no node of a cluster: write HOST:PORT, as `ray start` prints it, or "
+                '"auto" for the cluster that this machine is part of'
             )
         return told
 

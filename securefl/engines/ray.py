@@ -349,7 +349,11 @@ def _marked(folder: Path) -> Iterator[str]:
 
 
 def _share(units: float, count: int) -> float:
-    """What each of `count` actors asks for of so many CPUs or GPUs, which lie on any machines."""
+    """What each of `count` actors asks for of so many CPUs or GPUs, which lie on any machines.
+
+    >>> _share(8.0, 4), _share(2.0, 3), _share(2.0, 7), _share(0.0, 3)
+    (1.0, 0.5, 0.25, 0.0)
+    """
     if not units:
         return 0.0
     each = math.ceil(count / max(1, int(units)))  # actors on one unit
