@@ -7,6 +7,7 @@ one that does; a combination that would weaken a promise is refused with the men
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -442,19 +443,29 @@ class Stopping(Section):
 
 
 class Engine(Section):
-    """Where the clients of a simulation run: on this machine ("local"), or on Ray.
+    """Where the clients of a simulation run, by `kind`: on this machine, or on Ray.
 
-    Local ones run in this process, or in `workers` processes of their own; on Ray in `workers`
-    actors. `address` is of a Ray cluster that this machine is part of; without it Ray starts here.
+    "local" ones run in this process, or in `workers` processes of their own; those on "ray" in
+    `workers` actors. Without an `address` Ray is started here, for this run.
     """
 
     kind: Literal["local", "ray"] = "local"
     workers: Annotated[int, Field(strict=True, ge=0, le=10_000)] = 0
     """0: this process; on Ray: an actor for every CPU of the cluster."""
-    address: Annotated[str, Field(pattern=r"^(auto|[A-Za-z0-9._-]+:\d{1,5})$")] | None = None
+    address: str | None = None
     """Of Ray: HOST:PORT, or "auto", the cluster that this machine is part of."""
     deadline: Positive | None = None
     """Seconds that workers have for a phase of a round; who is late is left out."""
+
+    @field_validator("address")
+    @classmethod
+    def _node(cls, told: str | None) -> str | None:
+        if told is not None and not re.fullmatch(r"auto|[A-Za-z0-9._-]+:\d{1,5}", told):
+            raise ValueError(
+                f"{told!r} is no node of a cluster: write HOST:PORT, as `ray start` prints it, or "
+                '"auto" for the cluster that this machine is part of'
+            )
+        return told
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import math
 import os
+import socket
 import tempfile
 import time
 from collections import deque
@@ -134,9 +135,9 @@ class Actors:
             resources = ray.cluster_resources()
             cpus = resources.get("CPU", 1.0)
             count = min(engine.workers or max(1, int(cpus)), len(sites))
-            share = {"num_cpus": min(1.0, _share(cpus, count))}
+            share = {"num_cpus": _share(cpus, count)}
             if experiment.device == "cuda":
-                share["num_gpus"] = min(1.0, _share(resources.get("GPU", 0.0), count))
+                share["num_gpus"] = _share(resources.get("GPU", 0.0), count)
             self._kind = ray.remote(Sites).options(**share, scheduling_strategy="SPREAD")
             self._actor_of = {site: i % count for i, site in enumerate(sites)}
             threads = max(1, int(cpus) // count)
@@ -154,12 +155,8 @@ class Actors:
     def _launch(self, i: int, patience: float) -> None:
         """Start actor `i`, in the place of one that is dead."""
         actor = self._actors[i]
-        actor.handle, actor.ready, actor.held, actor.patience = (
-            self._kind.remote(),
-            False,
-            1,
-            patience,
-        )
+        actor.handle, actor.patience = self._kind.remote(), patience
+        actor.ready, actor.held = False, 1  # its start
         self._flying[actor.handle.start.remote(actor.start)] = i
 
     def _await(self) -> None:
@@ -190,7 +187,10 @@ class Actors:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
+        try:
+            ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
+        except RayError as error:
+            raise WorkerFailedError(f"Ray is gone: {_line(error)}") from None
         if not ready:
             return None
         i = self._flying.pop(ready[0])
@@ -313,8 +313,9 @@ def _connected(address: str | None) -> Iterator[None]:
                     **quiet,
                 )
             else:
+                _reach(address)
                 ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OverflowError, OSError) as error:
             where = "Ray did not start here"
             mend = "see whether `ray start --head` does, and what it says"
             if address is not None:
@@ -322,7 +323,17 @@ def _connected(address: str | None) -> Iterator[None]:
                 mend = f"join the cluster first, with `ray start --address={address}`"
             raise ConfigurationError(f"{where} ({_line(error)}): {mend}") from None
         leaving.callback(ray.shutdown)
+        # Ray prints on standard output, where results belong, that an actor died.
+        ray._private.worker._worker_logs_enabled = False
+        leaving.callback(setattr, ray._private.worker, "_worker_logs_enabled", True)
         yield
+
+
+def _reach(address: str) -> None:
+    """OSError unless something listens there; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @contextlib.contextmanager
@@ -337,9 +348,16 @@ def _marked(folder: Path) -> Iterator[str]:
         (folder / SHARED).unlink(missing_ok=True)
 
 
-def _share(resources: float, count: int) -> float:
-    """What each of `count` actors may ask for, in the steps that Ray knows."""
-    return math.floor(resources / count * 1e4) / 1e4
+def _share(units: float, count: int) -> float:
+    """What each of `count` actors asks for of so many CPUs or GPUs, which lie on any machines.
+
+    >>> _share(8.0, 4), _share(2.0, 3), _share(2.0, 7), _share(0.0, 3)
+    (1.0, 0.5, 0.25, 0.0)
+    """
+    if not units:
+        return 0.0
+    each = math.ceil(count / max(1, int(units)))  # actors on one unit
+    return math.floor(1e4 / each) / 1e4  # in the steps that Ray knows
 
 
 def _line(error: Exception) -> str:

@@ -104,6 +104,12 @@ SITE = '[privacy]\nunit = "site"\nepsilon = 1.0\ndelta = 1e-3\n'
         ),
         ("[stopping]\npatience = 2", ["stopping.tolerance is missing"]),
         ("[engine]\ndeadline = 5", ["engine", "workers >= 1"]),
+        ('[engine]\nkind = "dask"', ["engine.kind = 'dask'", "local", "ray"]),
+        ('[engine]\naddress = "head:6379"', ["engine", 'kind = "ray"']),
+        (
+            '[engine]\nkind = "ray"\naddress = "ray://head:10001"',
+            ["engine.address", "ray://head:10001", "HOST:PORT", "auto"],
+        ),
         (
             '[sites]\nnames = ["a", "b"]\n[transcript]\nconsent = ["c"]',
             ["transcript.consent", "'c'", "sites.names"],
