@@ -140,13 +140,14 @@ def _authorization(server: bool) -> dict[str, Any]:
         "shell_commands": "none",
         "byoc": "none",
         "server-predeployed-flwr": "none",
+        "app_command": "none",
     }
     administrator = {**nothing, "submit_job": "any"}
     steward = dict(administrator)
     if server:
         administrator |= {"manage_job": "any", "download_job": "any", "view": "any"}
-        administrator |= {"operate": "any"}
-        steward |= {"manage_job": "any", "view": "any", "operate": "any"}
+        administrator |= {"operate": "any", "app_command": "any"}
+        steward |= {"manage_job": "any", "view": "any", "operate": "any", "app_command": "any"}
     return {
         "format_version": "1.0",
         "permissions": {

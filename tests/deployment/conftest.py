@@ -248,8 +248,10 @@ class Deployment:
         return config.load(self.folder / "experiment.toml", settings)
 
     def check_correct(self, name: str, folders: Mapping[str, Path] | None = None) -> None:
-        """folders: of sites whose own is not their kit. The model is what the same sites' updates give in process, weight for weight; nobody was
+        """The model is what the same sites' updates give in process, weight for weight; nobody was
         charged for fewer rounds than it took part in, and none was entered twice.
+
+        folders: of sites whose own is not their kit.
         """
         history = read_history(self.run_folder(name))
         own = self.folder / f"own-{name}"

@@ -124,7 +124,9 @@ def test_a_full_disk_at_a_site_is_a_dropout_and_nothing_is_forgotten(deployment)
     disk = deployment.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("this user may not mount a file system to fill")
