@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -126,6 +127,59 @@ def wait(until: Callable[[], object], what: str, seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
+class Network:
+    """A network namespace for every node, joined by a bridge, where the machine allows it.
+
+    Otherwise all nodes share this machine's loopback. Names are short: 15 bytes at most.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.mark = f"sfl{os.getpid() % 10_000}{next(_COUNT)}"
+        self.spaces: dict[str, str] = {}
+        low = os.getpid() % 200 + 20
+        self.prefix = f"10.{low}.{next(_COUNT) % 250}"
+        self.host = "localhost"
+        try:
+            self._build(names)
+        except (OSError, subprocess.CalledProcessError):
+            self.close()
+            self.spaces = {}
+        else:
+            self.host = f"{self.prefix}.2"
+
+    def _build(self, names: tuple[str, ...]) -> None:
+        _ip("link", "add", self.mark, "type", "bridge")
+        _ip("addr", "add", f"{self.prefix}.1/24", "dev", self.mark)
+        _ip("link", "set", self.mark, "up")
+        for number, name in enumerate(names, start=2):
+            space, here, there = f"{self.mark}-{number}", f"{self.mark}v{number}", "eth0"
+            _ip("netns", "add", space)
+            self.spaces[name] = space
+            _ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", space)
+            _ip("link", "set", here, "master", self.mark, "up")
+            _ip("-n", space, "addr", "add", f"{self.prefix}.{number}/24", "dev", there)
+            _ip("-n", space, "link", "set", there, "up")
+            _ip("-n", space, "link", "set", "lo", "up")
+
+    def inside(self, name: str) -> tuple[str, ...]:
+        """What a command begins with to run in a node's namespace."""
+        return ("ip", "netns", "exec", self.spaces[name]) if name in self.spaces else ()
+
+    def close(self) -> None:
+        for space in self.spaces.values():
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                _ip("netns", "del", space)
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            _ip("link", "del", self.mark)
+
+
+_COUNT = itertools.count()
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
 class Deployment:
     """A consortium on this machine, its nodes started through the command line."""
 
@@ -134,8 +188,9 @@ class Deployment:
     def __init__(self, folder: Path, sites: tuple[str, ...] = SITES, days: int = 360) -> None:
         self.folder, self.sites = folder, sites
         self.port = free_port()
+        self.network = Network(("server", *sites))
         self.consortium = Consortium.new(
-            folder / "clinics", f"localhost:{self.port}", sites, days=days
+            folder / "clinics", f"{self.network.host}:{self.port}", sites, days=days
         )
         self.server = self.kit("server")
         self._rows()
@@ -195,7 +250,7 @@ class Deployment:
         command += self.options.get(name, ())
         with (self.folder / f"{name}.log").open("ab") as log:
             self.nodes[name] = subprocess.Popen(
-                [*prefix, *command],
+                [*self.network.inside(name), *prefix, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -379,6 +434,7 @@ class Deployment:
             for process in processes(Kit.load(self.kit(name))):
                 with contextlib.suppress(Exception):
                     process.kill()
+        self.network.close()
 
 
 @pytest.fixture(scope="module")
