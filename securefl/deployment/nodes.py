@@ -46,6 +46,7 @@ def prepare(kit: Kit, classes: Sequence[str] = CLASSES) -> None:
     _write(local / "resources.json", resources)
     _write(local / "authorization.json", _authorization(server))
     _write(local / "log_config.json", _LOGS)
+    _write(local / "comm_config.json", _links(kit))
 
 
 def _write(path: Path, value: object) -> None:
@@ -123,6 +124,22 @@ def _site_resources(kit: Kit, classes: Sequence[str]) -> dict[str, Any]:
             {"id": "process_launcher", "path": launcher, "args": {}},
         ],
     }
+
+
+def _links(kit: Kit) -> dict[str, Any]:
+    """How FLARE's process and those of its jobs, on one machine, reach each other.
+
+    By default through a port of loopback, in clear, where any user of the machine may connect and
+    speak in a job's name. At the server, through which all goes: TLS with the server's certificate
+    on both ends. A site's certificate is good for clients only; there little goes this way, and
+    what does lies in a folder that only its owner can open.
+    """
+    resources = {"host": "localhost", "connection_security": "mtls"}
+    if kit.role == "server":
+        return {"internal": {"scheme": "stcp", "resources": resources}}
+    folder = {"root_dir": str(kit.flare / "links"), "dir_mode": "700", "file_mode": "600"}
+    folder |= {"max_poll_interval": "0.2", "connection_security": "clear"}
+    return {"internal": {"scheme": "shared-file", "resources": folder}}
 
 
 def _authorization(server: bool) -> dict[str, Any]:
