@@ -119,11 +119,22 @@ def wait(until: Callable[[], object], what: str, seconds: float = 60.0) -> None:
 class Deployment:
     """A consortium on this machine, its nodes started through the command line."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...] = SITES, days: int = 360) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sites: tuple[str, ...] = SITES,
+        days: int = 360,
+        seen_at: int | None = None,
+    ) -> None:
+        """seen_at: the port at which sites reach the server, where it is not the server's own."""
         self.folder, self.sites = folder, sites
         self.port = free_port()
         self.consortium = Consortium.new(
-            folder / "clinics", f"localhost:{self.port}", sites, days=days
+            folder / "clinics",
+            f"localhost:{seen_at or self.port}",
+            sites,
+            bind=f"127.0.0.1:{self.port}",
+            days=days,
         )
         self.server = self.kit("server")
         self._rows()

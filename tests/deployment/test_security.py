@@ -1,0 +1,443 @@
+"""What a deployment withstands: each adversary of docs/threat-model.md, "A deployment on FLARE".
+
+One consortium serves all tests of the file, in their order; the last ones leave it damaged. Between
+the sites and the server lies a relay that copies what passes, and the sites write down what they
+draw and learn (`witness`), so that one can look for it where it must not be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nvflare", reason="the extra flare is not installed")
+
+from safetensors.numpy import load_file
+
+from securefl.deployment import certificates, nodes
+from securefl.deployment.certificates import Root
+from securefl.deployment.kits import Kit
+from securefl.deployment.steward import Session
+from tests.deployment import witness
+from tests.deployment.conftest import REPOSITORY, Deployment, free_port, wait
+
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client greets (RFC 9113, section 3.4): the preface, and empty SETTINGS."""
+
+SETTINGS = 4
+
+
+class Relay:
+    """Copies every byte between the sites and the server's port, both ways."""
+
+    def __init__(self, port: int, to: int) -> None:
+        self._to = to
+        self._lock = threading.Lock()
+        self.seen = bytearray()
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._to))
+                except OSError:
+                    near.close()
+                    continue
+                for parts in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=parts, daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                with self._lock:
+                    self.seen += data
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class Sought:
+    """Byte strings to look for in a lot of memory at once, each 16 bytes long or longer."""
+
+    def __init__(self, needles: Mapping[bytes, str]) -> None:
+        self._at: dict[int, list[tuple[bytes, int]]] = {}
+        self._needles = needles
+        for needle in needles:
+            # Whatever its place in memory, one of these eight words of it is an aligned word there.
+            starts = range(len(needle) - 15)
+            start = max(starts, key=lambda s: len(set(needle[s : s + 15])))
+            for at in range(start, start + 8):
+                word = int.from_bytes(needle[at : at + 8], "little")
+                self._at.setdefault(word, []).append((needle, at))
+        self._words = np.array(sorted(self._at), np.uint64)
+        self._low = np.zeros(1 << 16, bool)
+        self._low[self._words & np.uint64(0xFFFF)] = True
+
+    def within(self, data: bytes) -> set[str]:
+        """What is found in `data`, whose first byte lies at a multiple of eight."""
+        found = set()
+        words = np.frombuffer(data, np.uint64, len(data) // 8)
+        [places] = np.nonzero(self._low[words & np.uint64(0xFFFF)])
+        places = places[np.isin(words[places], self._words)]
+        for place in places.tolist():
+            for needle, at in self._at[int(words[place])]:
+                start = 8 * place - at
+                if start >= 0 and data[start : start + len(needle)] == needle:
+                    found.add(self._needles[needle])
+        return found
+
+
+def memory(pid: int) -> Iterator[bytes]:
+    """What a process holds and could have written: the parts of its memory that are not code."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:  # noqa: PTH123 - not buffered
+        for line in maps:
+            span, rights, *_ = line.split(maxsplit=5)
+            start, end = (int(part, 16) for part in span.split("-"))
+            if not rights.startswith("rw") or line.endswith(("[vvar]", "[vsyscall]")):
+                continue
+            for at in range(start, end, 1 << 24):
+                with contextlib.suppress(OSError, OverflowError):
+                    file.seek(at)
+                    # A secret across two parts is in one of them as a whole.
+                    yield file.read(min(end - at, (1 << 24) + (1 << 12)))
+
+
+def files(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.read_bytes()
+
+
+class Running:
+    """The consortium of this file, and what was seen of it."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.deployment = Deployment(folder, seen_at=port)
+        self.relay = Relay(port, self.deployment.port)
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        spy = folder / "spy"
+        spy.mkdir()
+        shutil.copy(Path(__file__).with_name("witness.py"), spy / "sitecustomize.py")
+        experiment = folder / "experiment.toml"
+        experiment.write_text(experiment.read_text().replace("not_private_seed = 7\n", ""))
+        self._path = f"{spy}{os.pathsep}{REPOSITORY}"
+        self._session: Session | None = None
+
+    def start(self) -> None:
+        told = {"TMPDIR": str(self.temporary)}
+        self.deployment.start("server", **told)
+        for site in self.deployment.sites:
+            seen = {"WITNESS": str(self.witnessed(site)), "PYTHONPATH": self._path}
+            self.deployment.start(site, **told, **seen)
+        self.deployment.wait_connected(self.deployment.sites)
+
+    @property
+    def session(self) -> Session:
+        """The administrator's."""
+        if self._session is None:
+            self._session = Session(Kit.load(self.deployment.kit("administrator")))
+        return self._session
+
+    def leave(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def submit(self, name: str) -> str:
+        """A run, as the command line submits it. Its job."""
+        return self.session.submit(name, self.deployment.experiment().dump(), 2)
+
+    def witnessed(self, site: str) -> Path:
+        return self.deployment.folder / f"{site}.witness"
+
+    def log(self, name: str) -> str:
+        return (self.deployment.kit(name) / "logs" / "flare.log").read_text(errors="replace")
+
+    def stop(self) -> None:
+        self.leave()
+        self.deployment.stop()
+        self.relay.close()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("security")
+    made = Running(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        if not os.environ.get("KEEP"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- who has no certificate of the consortium
+
+
+def greet(port: int, context: ssl.SSLContext) -> bytes:
+    """What the server answers to a greeting; empty where it hangs up."""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as secured,
+    ):
+        secured.sendall(HTTP2)
+        return secured.recv(9)
+
+
+def context(kit: Kit, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
+    """A client that trusts the consortium's root, and shows a certificate where it has one."""
+    made = ssl.create_default_context(cafile=kit.root)
+    made.set_alpn_protocols(["h2"])
+    if certificate is not None:
+        made.load_cert_chain(certificate, key)
+    return made
+
+
+def test_without_a_certificate_of_the_consortium_no_call_gets_through(
+    running: Running, tmp_path: Path
+) -> None:
+    kit = Kit.load(running.deployment.kit("north"))
+    port = running.deployment.port
+    answer = greet(port, context(kit, kit.certificate, kit.key))
+    assert answer[3] == SETTINGS  # the same greeting, by a site
+
+    now = datetime.now(UTC)
+    foreign = Root.make("clinics", now)
+    key = certificates.make_key()
+    issued = foreign.issue("north", key.public_key(), now, 1)
+    mine, secret = tmp_path / "mine.crt", tmp_path / "mine.key"
+    mine.write_bytes(certificates.certificate_pem(issued))
+    secret.write_bytes(certificates.key_pem(key))
+    for told in (context(kit), context(kit, mine, secret)):
+        # TLS 1.3: the client learns only when it reads that its certificate is not accepted.
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            assert not greet(port, told)
+            raise ConnectionResetError("hung up without a word")
+
+
+def test_an_expired_certificate_is_refused(running: Running, tmp_path: Path) -> None:
+    kit = Kit.load(running.deployment.kit("north"))
+    then = datetime.now(UTC) - timedelta(days=30)
+    authority = running.deployment.consortium.folder / "authority"
+    root = Root(
+        certificates.read_certificate(authority / "root.crt"),
+        certificates.read_key(authority / "root.key"),
+    )
+    expired = tmp_path / "expired.crt"
+    own = certificates.read_key(kit.key).public_key()
+    expired.write_bytes(certificates.certificate_pem(root.issue("north", own, then, 7)))
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        assert not greet(running.deployment.port, context(kit, expired, kit.key))
+        raise ConnectionResetError("hung up without a word")
+
+
+# --- what the server and the network get to see of a run
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A finished run, and what the server's processes held in its last round."""
+
+    name: str
+    held: frozenset[str]
+    """Of `witness` and of `known`: what was found in their memory."""
+
+
+def known(running: Running, run: str) -> dict[bytes, str]:
+    """What the server holds by right, and the network must not see: weights, keys, who agreed to
+    what."""
+    folder = running.deployment.run_folder(run)
+    found = {}
+    for path in [*sorted((folder / "checkpoints").glob("*.safetensors")), folder / "model"]:
+        if path.suffix:
+            weights = load_file(path)["weights"]
+            found[weights.tobytes()] = f"weights of {path.stem}"
+    for name, key in Kit.load(running.deployment.server).roster.keys.items():
+        found[key] = f"key of {name}"
+    text = (folder / "experiment.toml").read_bytes()
+    found[text[:200]] = "experiment"
+    found[b"mean-concave-points"] = "schema"
+    return found
+
+
+def secrets(running: Running) -> dict[bytes, str]:
+    """What sites drew and learned, and kept."""
+    found = {}
+    for site in running.deployment.sites:
+        for what, data in witness.read(running.witnessed(site)):
+            if what not in ("request", "reply") and len(data) >= witness.LEAST:
+                found[data] = f"{site}: {what}"
+        for file in ("site.key", "ledger.key"):
+            found[(running.deployment.kit(site) / file).read_bytes()] = f"{site}: {file}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def seen(running: Running) -> Seen:
+    """A run of three updates under masked-bfv, its server looked into before the last one ends."""
+    run = "seen"
+    job = running.submit(run)
+    folder = running.deployment.run_folder(run)
+
+    def last() -> bool:
+        progress = running.deployment.progress(run)
+        assert progress is None or not progress.over, progress
+        return progress is not None and progress.done == 2 and progress.phase == "open"
+
+    wait(last, "the last round", 90)
+    kit = Kit.load(running.deployment.server)
+    server = [process.pid for process in nodes.processes(kit)]
+    for pid in server:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        command = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server]
+        assert any(job.encode() in told for told in command)  # the job's own process lives
+        sought = Sought(secrets(running) | known(running, run))
+        held: set[str] = set()
+        for pid in server:
+            for part in memory(pid):
+                held |= sought.within(part)
+    finally:
+        for pid in server:
+            os.kill(pid, signal.SIGCONT)
+    over = running.deployment.wait_over(run)
+    assert over.state == "finished", over
+    assert folder.exists()
+    return Seen(run, frozenset(held))
+
+
+def test_the_server_holds_no_secret_and_no_update_of_a_site_while_its_job_runs(
+    running: Running, seen: Seen
+) -> None:
+    told = secrets(running).values()
+    for kind in ("MaskKey.draw", "ChannelKey", "seal_seeds", "split", "HE key", "update as float"):
+        assert any(kind in what for what in told), kind  # what was looked for
+    by_right = set(known(running, seen.name).values())
+    # The search finds what is there: the state of the last finished round, the keys, the text.
+    assert {what for what in by_right if "update-000002" in what} <= seen.held
+    assert {f"key of {site}" for site in running.deployment.sites} <= seen.held
+    assert "experiment" in seen.held
+    assert not seen.held - by_right
+
+
+def test_the_servers_memory_and_files_hold_no_secret_and_no_update_after_a_run(
+    running: Running, seen: Seen
+) -> None:
+    by_right = known(running, seen.name)
+    sought = Sought(secrets(running) | by_right)
+    kit = Kit.load(running.deployment.server)
+    held: set[str] = set()
+    for process in nodes.processes(kit):
+        for part in memory(process.pid):
+            held |= sought.within(part)
+    assert not held - set(by_right.values())
+    needles, stored = secrets(running), set()
+    for data in files(kit.folder):
+        stored |= {what for needle, what in needles.items() if needle in data}
+        stored |= {what for needle, what in by_right.items() if needle in data}
+    assert {what for what in by_right.values() if what.startswith("weights")} <= stored
+    assert not stored - set(by_right.values())
+
+
+def test_the_stream_between_sites_and_server_shows_nothing_in_clear(
+    running: Running, seen: Seen
+) -> None:
+    stream = bytes(running.relay.seen)
+    assert len(stream) > 100_000
+    frames = b"".join(
+        data
+        for site in running.deployment.sites
+        for what, data in witness.read(running.witnessed(site))
+        if what in ("request", "reply")
+    )
+    by_right = known(running, seen.name)
+    # The same search finds in the messages themselves what the stream hides.
+    inside = {what for needle, what in by_right.items() if needle in frames}
+    assert {"experiment", "schema", "key of north", "weights of update-000002"} <= inside
+    for needle, what in (by_right | secrets(running)).items():
+        assert needle not in stream, what
+        assert needle.hex().encode() not in stream, what
+    assert b"securefl" not in stream
+    assert seen.name.encode() not in stream
+
+
+# --- what lies around on a machine
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(running: Running, seen: Seen) -> None:
+    assert not list(running.temporary.rglob("*"))
+
+
+def test_a_kit_its_sockets_and_its_logs_are_its_owners_alone(running: Running, seen: Seen) -> None:
+    for name in ("server", *running.deployment.sites):
+        kit = running.deployment.kit(name)
+        assert stat.S_IMODE(kit.stat().st_mode) == 0o700
+        private = [*kit.glob("*.sock"), *kit.glob("logs/*"), *kit.rglob("*.key")]
+        private += [*kit.rglob("links/**/*.log"), *kit.rglob("*.sqlite"), *kit.rglob("*.jsonl")]
+        for path in private:
+            assert not stat.S_IMODE(path.stat().st_mode) & 0o077 or "runs" in path.parts, path
+
+
+def test_no_process_shows_a_secret_on_its_command_line(running: Running, seen: Seen) -> None:
+    needles = [needle.hex() for needle in secrets(running)]
+    lines = [
+        " ".join(process.cmdline())
+        for name in ("server", *running.deployment.sites)
+        for process in nodes.processes(Kit.load(running.deployment.kit(name)))
+    ]
+    assert len(lines) >= 7
+    for line in lines:
+        assert "token" not in line
+        assert not any(needle in line for needle in needles)
+
+
+def test_flares_processes_speak_to_each_other_behind_the_kits_own_walls(running: Running) -> None:
+    """By default FLARE listens at a port of loopback in clear, for any user of the machine."""
+    kit = Kit.load(running.deployment.server)
+    ports = set()
+    for name in ("server", *running.deployment.sites):
+        for process in nodes.processes(Kit.load(running.deployment.kit(name))):
+            for link in process.net_connections(kind="tcp"):
+                if link.status == "LISTEN":
+                    assert name == "server", link
+                    ports.add(link.laddr.port)
+    assert running.deployment.port in ports
+    [inner] = ports - {running.deployment.port}
+    with (
+        socket.create_connection(("127.0.0.1", inner), timeout=10) as plain,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+        context(kit).wrap_socket(plain, server_hostname="localhost") as secured,
+    ):
+        secured.sendall(bytes(64))
+        assert not secured.recv(1)
+        raise ConnectionResetError("hung up without a word")
+    site = Kit.load(running.deployment.kit("north"))
+    told = json.loads((site.flare / "local" / "comm_config.json").read_text())
+    links = Path(told["internal"]["resources"]["root_dir"])
+    assert kit.folder.parent in links.parents
+    assert all(stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 for path in links.rglob("*"))
