@@ -100,6 +100,7 @@ def _server_resources(kit: Kit, classes: Sequence[str]) -> dict[str, Any]:
                 "args": {"uri_root": str(kit.flare / "jobs"), "job_store_id": "job_store"},
             },
             {"id": "job_store", "path": storage},
+            {"id": "origins", "path": "securefl.deployment.origins.Origins"},
             {
                 "id": "process_launcher",
                 "path": f"{common}.job_launcher.server_process_launcher.ServerProcessJobLauncher",

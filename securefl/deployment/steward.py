@@ -77,8 +77,12 @@ class Session:
         """A job for `run`; with an empty `experiment` it goes on from its checkpoint. Its id."""
         check_name(run)
         folder = self.kit.flare / "transfer" / run
+        write_job(folder, run, experiment, least)
+        return self.submit_folder(folder)
+
+    def submit_folder(self, folder: Path) -> str:
+        """The job that lies in `folder`, which this uses up. Its id."""
         try:
-            write_job(folder, run, experiment, least)
             with _quiet():
                 return str(self._session.submit_job(str(folder)))
         finally:

@@ -441,3 +441,46 @@ def test_flares_processes_speak_to_each_other_behind_the_kits_own_walls(running:
     links = Path(told["internal"]["resources"]["root_dir"])
     assert kit.folder.parent in links.parents
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 for path in links.rglob("*"))
+
+
+# --- jobs that would run something else than ours
+
+
+def job(folder: Path, server: dict[str, Any], client: dict[str, Any]) -> Path:
+    """A job of ours, with parts of its configurations replaced."""
+    write_job(folder, folder.name, "", 1)
+    for name, changed in (("server", server), ("client", client)):
+        path = folder / "app" / "config" / f"config_fed_{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    return folder
+
+
+def over(running: Running, job_id: str) -> str:
+    """How FLARE says that a job ended."""
+    wait(lambda: running.session.status(job_id).startswith("FINISHED"), "the job is over", 60)
+    return running.session.status(job_id)
+
+
+def pending(running: Running, name: str) -> Path:
+    return Kit.load(running.deployment.kit("administrator")).flare / "transfer" / name
+
+
+def test_a_job_that_carries_code_is_refused_and_its_code_never_runs(
+    running: Running, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    carried = {"path": "carried.Carried", "args": {}}
+    folder = job(
+        pending(running, "carries"),
+        {"workflows": [{"id": "run", **carried}]},
+        {"executors": [{"tasks": ["*"], "executor": carried}]},
+    )
+    code = folder / "app" / "custom" / "carried.py"
+    code.parent.mkdir()
+    code.write_text(f"open({str(ran)!r}, 'w').close()\n")
+    meta = folder / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"byoc": False}))
+    with pytest.raises(Exception, match="(?i)byoc|not authorized|custom"):
+        over_with = over(running, running.session.submit_folder(folder))
+        raise RuntimeError(f"not authorized: {over_with}")
+    assert not ran.exists()
