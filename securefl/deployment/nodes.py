@@ -32,6 +32,7 @@ CLASSES: Final = (
 HEARTBEAT: Final = 60
 """Seconds without a heartbeat after which FLARE's server forgets a site until it is back."""
 
+FLARE: Final = "flare"
 _MARK: Final = "SECUREFL_KIT"
 _LONGEST_WAIT: Final = 30.0
 
@@ -212,7 +213,7 @@ def programs(kit: Kit, site: Path | None = None, data: Path | None = None) -> tu
     if kit.role == "site":
         settings.append(f"uid={kit.name}")
     flare = Program(
-        "flare",
+        FLARE,
         (*python, fed + module, "-m", str(kit.flare), "-s", start, "--set", *settings),
     )
     if kit.role == "server":
@@ -229,6 +230,9 @@ def keep_running(
 ) -> None:
     """Run the programs until SIGTERM or SIGINT, and start again what ends; `beat` twice a second.
 
+    FLARE is also started again when its startup files change, which it reads at its start only: so
+    a renewed certificate is used, and a removed site's connection and tokens are gone at once.
+
     ConfigurationError when the kit is in use already. What an earlier supervisor that was killed
     left running is ended first.
     """
@@ -237,8 +241,16 @@ def keep_running(
         store.write(kit.folder / "supervisor" / "pid", str(os.getpid()).encode())
         stopping = _stop_signals()
         running = [_Kept(kit, program) for program in wanted]
+        before = used = _startup(kit)
         try:
             while not stopping:
+                now = _startup(kit)
+                if now == before != used:  # changed, and not just being changed
+                    tell("the kit was updated: starting FLARE again")
+                    used = now
+                    for kept in running:
+                        kept.end_if(FLARE)
+                before = now
                 for kept in running:
                     kept.look(tell)
                 beat()
@@ -246,6 +258,15 @@ def keep_running(
         finally:
             end_all(kit)
             (kit.folder / "supervisor" / "pid").unlink(missing_ok=True)
+
+
+def _startup(kit: Kit) -> dict[str, bytes]:
+    """What FLARE reads at its start and nobody but the consortium's keeper changes."""
+    found = {}
+    for path in (kit.flare / "startup").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # while it is being replaced
+            found[path.name] = path.read_bytes()
+    return found
 
 
 def _stop_signals() -> list[int]:
@@ -265,6 +286,17 @@ class _Kept:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._wait = 0.0
+
+    def end_if(self, name: str) -> None:
+        """End it, and what it started, where it is called `name`; `look` starts it again."""
+        import psutil
+
+        if self._program.name != name or self._process is None:
+            return
+        with contextlib.suppress(psutil.Error):
+            mine = psutil.Process(self._process.pid)
+            _end([*mine.children(recursive=True), mine])
+        self._process, self._started, self._wait = None, 0.0, 0.0
 
     def look(self, tell: Callable[[str], None]) -> None:
         """Start it, where it does not run and its time has come."""
@@ -334,9 +366,13 @@ def processes(kit: Kit) -> Iterator[Any]:
 
 def end_all(kit: Kit, patience: float = 3.0) -> None:
     """End every process that was started for the kit."""
+    _end(list(processes(kit)), patience)
+
+
+def _end(found: Sequence[Any], patience: float = 3.0) -> None:
+    """SIGTERM, and SIGKILL to those processes that are left after `patience` seconds."""
     import psutil
 
-    found = list(processes(kit))
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.terminate()

@@ -93,6 +93,11 @@ class Session:
         with _quiet():
             return str(self._session.get_job_status(job))
 
+    def detail(self, job: str) -> str:
+        """What the server and the sites said when a job was given to them."""
+        with _quiet():
+            return ", ".join(self._session.get_job_meta(job).get("job_deploy_detail", []))
+
     def jobs(self) -> list[dict[str, Any]]:
         """Every job that FLARE's server knows."""
         with _quiet():

@@ -8,18 +8,23 @@ draw and learn (`witness`), so that one can look for it where it must not be.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +33,11 @@ pytest.importorskip("nvflare", reason="the extra flare is not installed")
 
 from safetensors.numpy import load_file
 
+from securefl.config import ConfigurationError
 from securefl.deployment import certificates, nodes
 from securefl.deployment.certificates import Root
 from securefl.deployment.kits import Kit
-from securefl.deployment.steward import Session
+from securefl.deployment.steward import Session, write_job
 from tests.deployment import witness
 from tests.deployment.conftest import REPOSITORY, Deployment, free_port, wait
 
@@ -455,14 +461,23 @@ def job(folder: Path, server: dict[str, Any], client: dict[str, Any]) -> Path:
     return folder
 
 
-def over(running: Running, job_id: str) -> str:
-    """How FLARE says that a job ended."""
-    wait(lambda: running.session.status(job_id).startswith("FINISHED"), "the job is over", 60)
-    return running.session.status(job_id)
-
-
 def pending(running: Running, name: str) -> Path:
     return Kit.load(running.deployment.kit("administrator")).flare / "transfer" / name
+
+
+def refused(running: Running, submitted: str) -> str:
+    """Why a job was not deployed."""
+    wait(lambda: running.session.status(submitted).startswith("FINISHED"), "the job's end")
+    assert running.session.status(submitted) == "FINISHED:FAILED_TO_RUN"
+    return running.session.detail(submitted)
+
+
+def end(running: Running, submitted: str, run: str) -> None:
+    """End a job whose run must not go on."""
+    for process in nodes.processes(Kit.load(running.deployment.server)):
+        if submitted in process.cmdline():
+            process.kill()
+    shutil.rmtree(running.deployment.run_folder(run), ignore_errors=True)
 
 
 def test_a_job_that_carries_code_is_refused_and_its_code_never_runs(
@@ -480,7 +495,147 @@ def test_a_job_that_carries_code_is_refused_and_its_code_never_runs(
     code.write_text(f"open({str(ran)!r}, 'w').close()\n")
     meta = folder / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"byoc": False}))
-    with pytest.raises(Exception, match="(?i)byoc|not authorized|custom"):
-        over_with = over(running, running.session.submit_folder(folder))
-        raise RuntimeError(f"not authorized: {over_with}")
+    assert "BYOC not permitted" in refused(running, running.session.submit_folder(folder))
     assert not ran.exists()
+
+
+def test_an_unsigned_job_and_one_changed_after_it_was_signed_are_refused(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvflare.fuel.hci.client import file_transfer
+
+    sign = file_transfer.sign_folders
+
+    def sign_and_change(folder: str, *told: Any, **named: Any) -> None:
+        sign(folder, *told, **named)
+        path = next(Path(folder).rglob("config_fed_server.json"))
+        path.write_text(path.read_text() + " ")
+
+    for signing, reason in (
+        (lambda *told, **named: None, "unsigned job rejected"),
+        (sign_and_change, "signature verification failed"),
+    ):
+        # An administrator whose program is changed: the server's own is as it is.
+        monkeypatch.setattr(file_transfer, "sign_folders", signing)
+        submitted = running.session.submit_folder(job(pending(running, "changed"), {}, {}))
+        assert reason in refused(running, submitted)
+
+
+@pytest.mark.parametrize("place", ["workflows", "components", "task_data_filters"])
+def test_a_job_that_names_another_class_is_refused_at_the_server(
+    running: Running, place: str, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    other = {"path": "subprocess.Popen", "args": {"args": ["touch", str(ran)]}}
+    named: dict[str, Any] = {
+        "workflows": [{"id": "run", **other}],
+        "components": [{"id": "more", **other}],
+        "task_data_filters": [{"tasks": ["*"], "filters": [other]}],
+    }
+    before = running.log("server").count("is not in allow_list")
+    folder = job(pending(running, "other"), {place: named[place]}, {})
+    submitted = running.session.submit_folder(folder)
+    wait(
+        lambda: (
+            f"'subprocess.Popen' at config path '{place}" in running.log("server")
+            and running.log("server").count("is not in allow_list") > before
+        ),
+        "a refusal",
+    )
+    end(running, submitted, "other")
+    assert not ran.exists()
+
+
+def test_a_job_that_names_another_class_is_refused_at_every_site(
+    running: Running, tmp_path: Path
+) -> None:
+    """Each site gets a configuration of its own, with the class in another place."""
+    ran = tmp_path / "ran"
+    other = {"path": "subprocess.Popen", "args": {"args": ["touch", str(ran)]}}
+    flares = {"path": "nvflare.app_common.executors.task_script_runner.TaskScriptRunner"}
+    named: dict[str, dict[str, Any]] = {
+        "middle": {"executors": [{"tasks": ["*"], "executor": other}]},
+        "north": {"components": [{"id": "more", **other}]},
+        "south": {"task_data_filters": [{"tasks": ["*"], "filters": [flares]}]},
+    }
+    folder = job(pending(running, "others"), {}, {})
+    write_job(folder, "others", running.deployment.experiment().dump(), 1)
+    ours = json.loads((folder / "app" / "config" / "config_fed_client.json").read_text())
+    told = json.loads((folder / "meta.json").read_text())
+    told["deploy_map"] = {"app": ["server"]} | {site: [site] for site in named}
+    (folder / "meta.json").write_text(json.dumps(told))
+    for site, changed in named.items():
+        config = folder / site / "config"
+        config.mkdir(parents=True)
+        (config / "config_fed_client.json").write_text(json.dumps(ours | changed))
+    submitted = running.session.submit_folder(folder)
+    for site, changed in named.items():
+        [place] = changed
+        wait(
+            lambda site=site, place=place: re.search(
+                f"config path '{place}[^']*' is not in allow_list", running.log(site)
+            ),
+            f"a refusal at {site}",
+        )
+    end(running, submitted, "others")
+    assert not ran.exists()
+
+
+# --- a site in another's name
+
+
+def test_a_site_cannot_join_as_another_site_nor_as_an_administrator(
+    running: Running, tmp_path: Path
+) -> None:
+    north = Kit.load(running.deployment.kit("north"))
+    copy = tmp_path / "copy"
+    shutil.copytree(north.flare / "startup", copy / "flare" / "startup")
+    (copy / "flare" / "local").mkdir()
+    for path in (north.flare / "local").iterdir():
+        shutil.copy(path, copy / "flare" / "local")
+    told = (copy / "flare" / "startup" / "fed_client.json").read_text()
+    (copy / "flare" / "startup" / "fed_client.json").write_text(told.replace("north", "south"))
+    posing = dataclasses.replace(north, folder=copy, name="south")
+    _, program = nodes.programs(posing)
+    before = running.deployment.joined("south")
+    with (tmp_path / "posing.log").open("wb") as log:
+        process = subprocess.Popen(program.command, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        wait(
+            lambda: (
+                "authenticated as 'north' but claimed endpoint 'south'" in running.log("server")
+            ),
+            "a refusal",
+        )
+    finally:
+        process.kill()
+        process.wait()
+    assert running.deployment.joined("south") == before
+    assert "south" in running.session.connected()
+
+    administrator = Kit.load(running.deployment.kit("administrator"))
+    forged = tmp_path / "forged"
+    shutil.copytree(administrator.folder, forged)
+    for old, new in ((north.key, "client.key"), (north.certificate, "client.crt")):
+        shutil.copy(old, forged / "flare" / "startup" / new)
+    with pytest.raises(ConfigurationError, match="does not let administrator in"):
+        Session(Kit.load(forged), timeout=5.0)
+
+
+def test_a_site_gets_no_token_in_anothers_name_and_no_command_to_it(running: Running) -> None:
+    victim = running.deployment.kit("south")
+    done = subprocess.run(
+        [sys.executable, "-P", Path(__file__).with_name("intruder.py"),
+         running.deployment.kit("north"), "south"],
+        capture_output=True, text=True, timeout=90, check=False, cwd=running.deployment.folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["as itself"], done.stderr  # it speaks as FLARE expects
+    assert not told["as the victim"]
+    assert "ok" not in told["own name"]
+    assert "ok" not in told["the server's name"]
+    log = running.log("server")
+    assert "north.other speaks to south" in log
+    assert "north speaks as server" in log
+    assert "train.check_status" not in (victim / "flare" / "audit.log").read_text()
