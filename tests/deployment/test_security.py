@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ from securefl.deployment import certificates, nodes
 from securefl.deployment.certificates import Root
 from securefl.deployment.kits import Kit
 from securefl.deployment.steward import Session, write_job
+from securefl.messages import Proposal, parse_asked
 from tests.deployment import witness
 from tests.deployment.conftest import REPOSITORY, Deployment, free_port, wait
 
@@ -173,9 +175,9 @@ class Running:
             self._session.close()
             self._session = None
 
-    def submit(self, name: str) -> str:
+    def submit(self, name: str, *settings: str) -> str:
         """A run, as the command line submits it. Its job."""
-        return self.session.submit(name, self.deployment.experiment().dump(), 2)
+        return self.session.submit(name, self.deployment.experiment(*settings).dump(), 2)
 
     def witnessed(self, site: str) -> Path:
         return self.deployment.folder / f"{site}.witness"
@@ -206,13 +208,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def greet(port: int, context: ssl.SSLContext) -> bytes:
-    """What the server answers to a greeting; empty where it hangs up."""
+    """What the server answers to a greeting; SSLError or ConnectionError where nothing."""
     with (
         socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as secured,
     ):
         secured.sendall(HTTP2)
-        return secured.recv(9)
+        if not (answer := secured.recv(9)):
+            raise ConnectionResetError("hung up without a word")
+        return answer
 
 
 def context(kit: Kit, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
@@ -242,8 +246,7 @@ def test_without_a_certificate_of_the_consortium_no_call_gets_through(
     for told in (context(kit), context(kit, mine, secret)):
         # TLS 1.3: the client learns only when it reads that its certificate is not accepted.
         with pytest.raises((ssl.SSLError, ConnectionError)):
-            assert not greet(port, told)
-            raise ConnectionResetError("hung up without a word")
+            greet(port, told)
 
 
 def test_an_expired_certificate_is_refused(running: Running, tmp_path: Path) -> None:
@@ -258,8 +261,7 @@ def test_an_expired_certificate_is_refused(running: Running, tmp_path: Path) -> 
     own = certificates.read_key(kit.key).public_key()
     expired.write_bytes(certificates.certificate_pem(root.issue("north", own, then, 7)))
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        assert not greet(running.deployment.port, context(kit, expired, kit.key))
-        raise ConnectionResetError("hung up without a word")
+        greet(running.deployment.port, context(kit, expired, kit.key))
 
 
 # --- what the server and the network get to see of a run
@@ -434,14 +436,8 @@ def test_flares_processes_speak_to_each_other_behind_the_kits_own_walls(running:
                     ports.add(link.laddr.port)
     assert running.deployment.port in ports
     [inner] = ports - {running.deployment.port}
-    with (
-        socket.create_connection(("127.0.0.1", inner), timeout=10) as plain,
-        pytest.raises((ssl.SSLError, ConnectionError)),
-        context(kit).wrap_socket(plain, server_hostname="localhost") as secured,
-    ):
-        secured.sendall(bytes(64))
-        assert not secured.recv(1)
-        raise ConnectionResetError("hung up without a word")
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        greet(inner, context(kit))
     site = Kit.load(running.deployment.kit("north"))
     told = json.loads((site.flare / "local" / "comm_config.json").read_text())
     links = Path(told["internal"]["resources"]["root_dir"])
@@ -513,7 +509,7 @@ def test_an_unsigned_job_and_one_changed_after_it_was_signed_are_refused(
 
     for signing, reason in (
         (lambda *told, **named: None, "unsigned job rejected"),
-        (sign_and_change, "signature verification failed"),
+        (sign_and_change, "does not pass signature verification"),
     ):
         # An administrator whose program is changed: the server's own is as it is.
         monkeypatch.setattr(file_transfer, "sign_folders", signing)
@@ -521,7 +517,7 @@ def test_an_unsigned_job_and_one_changed_after_it_was_signed_are_refused(
         assert reason in refused(running, submitted)
 
 
-@pytest.mark.parametrize("place", ["workflows", "components", "task_data_filters"])
+@pytest.mark.parametrize("place", ["workflows", "components"])
 def test_a_job_that_names_another_class_is_refused_at_the_server(
     running: Running, place: str, tmp_path: Path
 ) -> None:
@@ -530,7 +526,6 @@ def test_a_job_that_names_another_class_is_refused_at_the_server(
     named: dict[str, Any] = {
         "workflows": [{"id": "run", **other}],
         "components": [{"id": "more", **other}],
-        "task_data_filters": [{"tasks": ["*"], "filters": [other]}],
     }
     before = running.log("server").count("is not in allow_list")
     folder = job(pending(running, "other"), {place: named[place]}, {})
@@ -568,12 +563,14 @@ def test_a_job_that_names_another_class_is_refused_at_every_site(
         config = folder / site / "config"
         config.mkdir(parents=True)
         (config / "config_fed_client.json").write_text(json.dumps(ours | changed))
+    before = {site: len(running.log(site)) for site in named}
     submitted = running.session.submit_folder(folder)
     for site, changed in named.items():
         [place] = changed
         wait(
             lambda site=site, place=place: re.search(
-                f"config path '{place}[^']*' is not in allow_list", running.log(site)
+                f"config path '{place}[^']*' is not in allow_list",
+                running.log(site)[before[site] :],
             ),
             f"a refusal at {site}",
         )
@@ -623,7 +620,8 @@ def test_a_site_cannot_join_as_another_site_nor_as_an_administrator(
 
 
 def test_a_site_gets_no_token_in_anothers_name_and_no_command_to_it(running: Running) -> None:
-    victim = running.deployment.kit("south")
+    audit = running.deployment.kit("south") / "flare" / "audit.log"  # FLARE's
+    before = audit.read_text().count("train.check_status")
     done = subprocess.run(
         [sys.executable, "-P", Path(__file__).with_name("intruder.py"),
          running.deployment.kit("north"), "south"],
@@ -638,4 +636,84 @@ def test_a_site_gets_no_token_in_anothers_name_and_no_command_to_it(running: Run
     log = running.log("server")
     assert "north.other speaks to south" in log
     assert "north speaks as server" in log
-    assert "train.check_status" not in (victim / "flare" / "audit.log").read_text()
+    assert audit.read_text().count("train.check_status") == before
+
+
+# --- who only wants to stop it
+
+
+def test_junk_and_a_thousand_connections_do_not_stop_the_server(running: Running) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    kit, port = Kit.load(running.deployment.kit("north")), running.deployment.port
+    draw = np.random.default_rng(1)
+    with contextlib.ExitStack() as kept:
+        for number in range(1000):
+            link = kept.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            if number % 4 == 0:
+                with contextlib.suppress(OSError):
+                    link.sendall(draw.bytes(int(draw.integers(1, 2000))))
+        # A site's certificate, and then junk and a frame of 16 MB (RFC 9113, section 4.1).
+        for junk in (draw.bytes(5000), HTTP2 + b"\xff\xff\xff\0\0\0\0\0\1" + bytes(70_000)):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+                context(kit, kit.certificate, kit.key).wrap_socket(
+                    plain, server_hostname="localhost"
+                ) as secured,
+            ):
+                secured.sendall(junk)
+                while secured.recv(1 << 16):
+                    pass
+        assert greet(port, context(kit, kit.certificate, kit.key))[3] == SETTINGS
+        assert running.session.connected() == running.deployment.sites
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- a site that was removed: last, since it is gone for good
+
+
+def test_a_removed_site_is_out_at_once_and_the_run_goes_on_without_it(running: Running) -> None:
+    deployment = running.deployment
+    running.submit("goes-on", "rounds=15")
+
+    def begun() -> bool:
+        progress = deployment.progress("goes-on")
+        return progress is not None and progress.done >= 1
+
+    wait(begun, "the first round", 90)
+    running.leave()
+    joined = deployment.joined("south")
+    deployment.consortium.remove("south")  # lays the server's kit out anew, where it lies
+    assert deployment.wait_over("goes-on").state == "finished"
+    progress = deployment.progress("goes-on")
+    assert progress is not None
+    assert progress.sites == ("middle", "north")
+    assert running.session.connected() == ("middle", "north")
+    assert "requires identity 'removed:south'" in running.log("server")
+
+    # Started again, it is refused; it is no site for a new run; the others are told a new roster.
+    deployment.nodes["south"].terminate()
+    deployment.nodes["south"].wait()
+    refusals = running.log("server").count("requires identity 'removed:south'")
+    deployment.start("south")
+    wait(
+        lambda: running.log("server").count("requires identity 'removed:south'") > refusals,
+        "a refusal",
+    )
+    assert deployment.joined("south") == joined
+    text = deployment.experiment().dump()
+    running.session.submit("names-it", text, 2)
+    running.session.submit("after", text.replace(', "south"', ""), 2)
+    asked = running.witnessed("north")
+    earlier = len(witness.read(asked))
+
+    def proposed() -> bool:
+        requests = [data for what, data in witness.read(asked)[earlier:] if what == "request"]
+        told = [parse_asked(data) for data in requests]
+        rosters = [[p.site for p in t.roster] for t in told if isinstance(t, Proposal)]
+        assert all(roster == ["middle", "north"] for roster in rosters)
+        return bool(rosters)
+
+    wait(proposed, "a proposal")
+    assert deployment.progress("names-it") is None
