@@ -170,6 +170,14 @@ class Running:
             self._session = Session(Kit.load(self.deployment.kit("administrator")))
         return self._session
 
+    def all_there(self) -> bool:
+        """Whether the server is up and every site is connected."""
+        try:
+            return self.session.connected() == self.deployment.sites
+        except Exception:  # FLARE's client, while the server starts
+            self.leave()
+            return False
+
     def leave(self) -> None:
         if self._session is not None:
             self._session.close()
@@ -273,7 +281,11 @@ class Seen:
 
     name: str
     held: frozenset[str]
-    """Of `witness` and of `known`: what was found in their memory."""
+    """Of `known`: what was found in their memory."""
+    leaked: frozenset[str]
+    """Of `secrets`: what was found there."""
+    at_site: frozenset[str]
+    """The same, in the memory of a site's own service."""
 
 
 def known(running: Running, run: str) -> dict[bytes, str]:
@@ -325,18 +337,19 @@ def seen(running: Running) -> Seen:
     try:
         command = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server]
         assert any(job.encode() in told for told in command)  # the job's own process lives
-        sought = Sought(secrets(running) | known(running, run))
-        held: set[str] = set()
-        for pid in server:
-            for part in memory(pid):
-                held |= sought.within(part)
+        private = secrets(running)
+        sought = Sought(private | known(running, run))
+        held = set().union(*(sought.within(part) for pid in server for part in memory(pid)))
+        [own] = running.deployment.of("north", "securefl.deployment.service")
+        at_site = set().union(*map(sought.within, memory(own)))
     finally:
         for pid in server:
             os.kill(pid, signal.SIGCONT)
     over = running.deployment.wait_over(run)
     assert over.state == "finished", over
     assert folder.exists()
-    return Seen(run, frozenset(held))
+    leaked = held & set(private.values())
+    return Seen(run, frozenset(held - leaked), frozenset(leaked), frozenset(at_site))
 
 
 def test_the_server_holds_no_secret_and_no_update_of_a_site_while_its_job_runs(
@@ -350,7 +363,9 @@ def test_the_server_holds_no_secret_and_no_update_of_a_site_while_its_job_runs(
     assert {what for what in by_right if "update-000002" in what} <= seen.held
     assert {f"key of {site}" for site in running.deployment.sites} <= seen.held
     assert "experiment" in seen.held
-    assert not seen.held - by_right
+    for what in ("north: site.key", "north: draw of Seed.draw < MaskKey.draw < client_step1"):
+        assert what in seen.at_site  # and at the site what the site keeps
+    assert not seen.leaked
 
 
 def test_the_servers_memory_and_files_hold_no_secret_and_no_update_after_a_run(
@@ -359,11 +374,9 @@ def test_the_servers_memory_and_files_hold_no_secret_and_no_update_after_a_run(
     by_right = known(running, seen.name)
     sought = Sought(secrets(running) | by_right)
     kit = Kit.load(running.deployment.server)
-    held: set[str] = set()
-    for process in nodes.processes(kit):
-        for part in memory(process.pid):
-            held |= sought.within(part)
-    assert not held - set(by_right.values())
+    running_now = [process.pid for process in nodes.processes(kit)]
+    held = set().union(*(sought.within(part) for pid in running_now for part in memory(pid)))
+    assert not held & set(secrets(running).values())
     needles, stored = secrets(running), set()
     for data in files(kit.folder):
         stored |= {what for needle, what in needles.items() if needle in data}
@@ -576,6 +589,54 @@ def test_a_job_that_names_another_class_is_refused_at_every_site(
         )
     end(running, submitted, "others")
     assert not ran.exists()
+
+
+@pytest.mark.slow
+def test_code_and_unsigned_jobs_that_a_server_lets_through_are_refused_at_every_site(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's configuration is replaced by one that permits everything."""
+    from nvflare.fuel.hci.client import file_transfer
+
+    deployment, kit = running.deployment, Kit.load(running.deployment.server)
+    running.leave()
+    deployment.nodes["server"].terminate()
+    deployment.nodes["server"].wait()
+    nodes.prepare(kit, classes=("*",))
+    rights, start = kit.flare / "local" / "authorization.json", kit.flare / "startup"
+    rights.write_text(rights.read_text().replace('"byoc": "none"', '"byoc": "any"'))
+    told = (start / "fed_server.json").read_text()
+    unsigned = told.replace('"require_signed_jobs": true', '"require_signed_jobs": false')
+    assert unsigned != told
+    (start / "fed_server.json").write_text(unsigned)
+    [program] = nodes.programs(kit)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SECUREFL_KIT": str(kit.folder)}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(program.command, stdout=log, stderr=log, env=environment)
+    try:
+        wait(running.all_there, "all sites", 90)
+        ran = tmp_path / "ran"
+        folder = job(pending(running, "lets-through"), {}, {})
+        code = folder / "app" / "custom" / "sitecustomize.py"
+        code.parent.mkdir()
+        code.write_text(f"open({str(ran)!r}, 'a').close()\n")
+        detail = refused(running, running.session.submit_folder(folder))
+        for site in deployment.sites:
+            assert f"{site}: BYOC not permitted" in detail
+        assert not ran.exists()
+
+        monkeypatch.setattr(file_transfer, "sign_folders", lambda *told, **named: None)
+        submitted = running.session.submit_folder(job(pending(running, "unsigned"), {}, {}))
+        detail = refused(running, submitted)
+        for site in deployment.sites:
+            assert f"{site}: unsigned job rejected" in detail
+    finally:
+        running.leave()
+        server.terminate()
+        server.wait()
+        (start / "fed_server.json").write_text(told)
+        deployment.start("server")
+    wait(running.all_there, "all sites", 90)
 
 
 # --- a site in another's name

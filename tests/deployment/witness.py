@@ -15,6 +15,8 @@ from typing import Any
 LEAST = 16
 """Bytes of a draw that is worth looking for; nonces have 12 and are public."""
 
+OURS = ("protocols.", "securefl.", "__main__")
+
 RELEASED = ("Seed.draw", "client_step1")
 """Who draws a self-mask seed: the sites release it to the server once its owner has uploaded
 (Bonawitz et al. 2017, figure 4, round 4), so that the server knows it by right."""
@@ -30,10 +32,11 @@ def _write(what: str, data: bytes) -> None:
 
 
 def _callers() -> tuple[str, ...]:
-    """The functions on the way to a draw, nearest first."""
+    """The functions of ours on the way to a draw, nearest first; none for other programs' draws."""
     names, frame = [], sys._getframe(2)
     while frame is not None and len(names) < 3:
-        names.append(frame.f_code.co_qualname)
+        if frame.f_globals.get("__name__", "").startswith(OURS):
+            names.append(frame.f_code.co_qualname)
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(names)
 
@@ -44,7 +47,7 @@ def watch() -> None:
 
     def urandom(size: int) -> bytes:
         drawn, callers = draw(size), _callers()
-        if size >= LEAST and callers[:2] != RELEASED:
+        if size >= LEAST and callers and callers[:2] != RELEASED:
             _write(f"draw of {' < '.join(callers)}", drawn)
         return drawn
 
