@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 import msgspec
 
 from protocols.catalogue import UPLOAD
 from protocols.identity import Roster
-from securefl import agreement, config, runs
+from securefl import agreement, config, runs, store
 from securefl.config import ConfigurationError, Experiment
 from securefl.deployment.kits import Kit
 from securefl.deployment.progress import (
@@ -24,6 +24,15 @@ from securefl.deployment.progress import (
 from securefl.engines import Remote
 from securefl.records import EXPERIMENT, RoundRecord
 from securefl.server import PROPOSE
+
+PARTIES: Final = "roster.json"
+"""In a run's folder: the sites that it began with."""
+
+
+class _Parties(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sites and their keys (hexadecimal)."""
+
+    keys: dict[str, str]
 
 
 @final
@@ -91,11 +100,19 @@ class _Conducted:
 
     def __init__(self, kit: Kit, folder: Path, experiment: Experiment, job: Job) -> None:
         self._folder, self._job = folder, job
-        names = experiment.sites.names or tuple(kit.roster)
-        strangers = sorted(set(names) - set(kit.roster))
+        pins = kit.pins
+        # What a run begins with stays: a site that was removed since counts as dropped out.
+        begun_with = store.read(folder / PARTIES, _Parties)
+        keys = pins.keys if begun_with is None else begun_with.keys
+        names = experiment.sites.names or tuple(keys)
+        strangers = sorted(set(names) - set(keys))
         if strangers:
             raise ConfigurationError(f"{strangers[0]} is not in the consortium's roster")
-        self._roster = Roster({site: kit.roster.keys[site] for site in names})
+        if begun_with is None:
+            parties = _Parties({site: keys[site] for site in names})
+            store.write(folder / PARTIES, msgspec.json.encode(parties))
+        self._roster = Roster({site: bytes.fromhex(keys[site]) for site in names})
+        self._removed = frozenset(pins.removed)
         before = read_progress(folder)
         jobs = before.jobs if before is not None else 0
         self._experiment = _with_names(experiment, names)
@@ -147,7 +164,8 @@ class _Conducted:
             stragglers=None if proposal else told.stragglers,
             proposal=proposal,
         )
-        return self._job.exchange(messages, waits)
+        asked = {site: data for site, data in messages.items() if site not in self._removed}
+        return self._job.exchange(asked, waits)
 
     def started(self, rounds: int, done: int) -> None:
         """The run begins, or continues after `done` of `rounds` rounds."""

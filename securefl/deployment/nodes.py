@@ -35,6 +35,7 @@ HEARTBEAT: Final = 60
 BEAT: Final = 3.0
 """Seconds between a site's heartbeats."""
 
+FLARE: Final = "flare"
 _MARK: Final = "SECUREFL_KIT"
 _LONGEST_WAIT: Final = 30.0
 
@@ -49,6 +50,7 @@ def prepare(kit: Kit, classes: Sequence[str] = CLASSES) -> None:
     _write(local / "resources.json", resources)
     _write(local / "authorization.json", _authorization(server))
     _write(local / "log_config.json", _LOGS)
+    _write(local / "comm_config.json", _links(kit))
 
 
 def _write(path: Path, value: object) -> None:
@@ -102,6 +104,7 @@ def _server_resources(kit: Kit, classes: Sequence[str]) -> dict[str, Any]:
                 "args": {"uri_root": str(kit.flare / "jobs"), "job_store_id": "job_store"},
             },
             {"id": "job_store", "path": storage},
+            {"id": "origins", "path": "securefl.deployment.origins.Origins"},
             {
                 "id": "process_launcher",
                 "path": f"{common}.job_launcher.server_process_launcher.ServerProcessJobLauncher",
@@ -126,6 +129,22 @@ def _site_resources(kit: Kit, classes: Sequence[str]) -> dict[str, Any]:
             {"id": "process_launcher", "path": launcher, "args": {}},
         ],
     }
+
+
+def _links(kit: Kit) -> dict[str, Any]:
+    """How FLARE's process and those of its jobs, on one machine, reach each other.
+
+    By default through a port of loopback, in clear, where any user of the machine may connect and
+    speak in a job's name. At the server, through which all goes: TLS with the server's certificate
+    on both ends. A site's certificate is good for clients only; there little goes this way, and
+    what does lies in a folder that only its owner can open.
+    """
+    resources = {"host": "localhost", "connection_security": "mtls"}
+    if kit.role == "server":
+        return {"internal": {"scheme": "stcp", "resources": resources}}
+    folder = {"root_dir": str(kit.flare / "links"), "dir_mode": "700", "file_mode": "600"}
+    folder |= {"max_poll_interval": "0.2", "connection_security": "clear"}
+    return {"internal": {"scheme": "shared-file", "resources": folder}}
 
 
 def _authorization(server: bool) -> dict[str, Any]:
@@ -198,7 +217,7 @@ def programs(kit: Kit, site: Path | None = None, data: Path | None = None) -> tu
     if kit.role == "site":
         settings += [f"uid={kit.name}", f"heart_beat_interval={BEAT:g}"]
     flare = Program(
-        "flare",
+        FLARE,
         (*python, fed + module, "-m", str(kit.flare), "-s", start, "--set", *settings),
     )
     if kit.role == "server":
@@ -215,6 +234,9 @@ def keep_running(
 ) -> None:
     """Run the programs until SIGTERM or SIGINT, and start again what ends; `beat` twice a second.
 
+    FLARE is also started again when its startup files change, which it reads at its start only: so
+    a renewed certificate is used, and a removed site's connection and tokens are gone at once.
+
     ConfigurationError when the kit is in use already. What an earlier supervisor that was killed
     left running is ended first.
     """
@@ -223,8 +245,16 @@ def keep_running(
         store.write(kit.folder / "supervisor" / "pid", str(os.getpid()).encode())
         stopping = _stop_signals()
         running = [_Kept(kit, program) for program in wanted]
+        before = used = _startup(kit)
         try:
             while not stopping:
+                now = _startup(kit)
+                if now == before != used:  # changed, and not just being changed
+                    tell("the kit was updated: starting FLARE again")
+                    used = now
+                    for kept in running:
+                        kept.end_if(FLARE)
+                before = now
                 for kept in running:
                     kept.look(tell)
                 beat()
@@ -232,6 +262,15 @@ def keep_running(
         finally:
             end_all(kit)
             (kit.folder / "supervisor" / "pid").unlink(missing_ok=True)
+
+
+def _startup(kit: Kit) -> dict[str, bytes]:
+    """What FLARE reads at its start and nobody but the consortium's keeper changes."""
+    found = {}
+    for path in (kit.flare / "startup").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # while it is being replaced
+            found[path.name] = path.read_bytes()
+    return found
 
 
 def _stop_signals() -> list[int]:
@@ -251,6 +290,17 @@ class _Kept:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._wait = 0.0
+
+    def end_if(self, name: str) -> None:
+        """End it, and what it started, where it is called `name`; `look` starts it again."""
+        import psutil
+
+        if self._program.name != name or self._process is None:
+            return
+        with contextlib.suppress(psutil.Error):
+            mine = psutil.Process(self._process.pid)
+            _end([*mine.children(recursive=True), mine])
+        self._process, self._started, self._wait = None, 0.0, 0.0
 
     def look(self, tell: Callable[[str], None]) -> None:
         """Start it, where it does not run and its time has come."""
@@ -320,9 +370,13 @@ def processes(kit: Kit) -> Iterator[Any]:
 
 def end_all(kit: Kit, patience: float = 3.0) -> None:
     """End every process that was started for the kit."""
+    _end(list(processes(kit)), patience)
+
+
+def _end(found: Sequence[Any], patience: float = 3.0) -> None:
+    """SIGTERM, and SIGKILL to those processes that are left after `patience` seconds."""
     import psutil
 
-    found = list(processes(kit))
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.terminate()

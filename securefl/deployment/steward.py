@@ -82,8 +82,12 @@ class Session:
         """A job for `run`; with an empty `experiment` it goes on from its checkpoint. Its id."""
         check_name(run)
         folder = self.kit.flare / "transfer" / run
+        write_job(folder, run, experiment, least)
+        return self.submit_folder(folder)
+
+    def submit_folder(self, folder: Path) -> str:
+        """The job that lies in `folder`, which this uses up. Its id."""
         try:
-            write_job(folder, run, experiment, least)
             with _quiet():
                 return str(self._session.submit_job(str(folder)))
         finally:
@@ -93,6 +97,11 @@ class Session:
         """What FLARE says of a job, such as RUNNING or FINISHED:COMPLETED."""
         with _quiet():
             return str(self._session.get_job_status(job))
+
+    def detail(self, job: str) -> str:
+        """What the server and the sites said when a job was given to them."""
+        with _quiet():
+            return ", ".join(self._session.get_job_meta(job).get("job_deploy_detail", []))
 
     def jobs(self) -> list[dict[str, Any]]:
         """Every job that FLARE's server knows."""

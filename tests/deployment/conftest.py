@@ -139,6 +139,8 @@ class Network:
         low = os.getpid() % 200 + 20
         self.prefix = f"10.{low}.{next(_COUNT) % 250}"
         self.host = "localhost"
+        if not names:
+            return
         try:
             self._build(names)
         except (OSError, subprocess.CalledProcessError):
@@ -185,12 +187,27 @@ class Deployment:
 
     wait = staticmethod(wait)
 
-    def __init__(self, folder: Path, sites: tuple[str, ...] = SITES, days: int = 360) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sites: tuple[str, ...] = SITES,
+        days: int = 360,
+        seen_at: int | None = None,
+        *,
+        apart: bool = False,
+    ) -> None:
+        """seen_at: the port at which sites reach the server, where it is not the server's own.
+        apart: every node in a network of its own, where the machine allows it.
+        """
         self.folder, self.sites = folder, sites
         self.port = free_port()
-        self.network = Network(("server", *sites))
+        self.network = Network(("server", *sites) if apart else ())
         self.consortium = Consortium.new(
-            folder / "clinics", f"{self.network.host}:{self.port}", sites, days=days
+            folder / "clinics",
+            f"{self.network.host}:{seen_at or self.port}",
+            sites,
+            bind=f"{'0.0.0.0' if self.network.spaces else '127.0.0.1'}:{self.port}",  # noqa: S104
+            days=days,
         )
         self.server = self.kit("server")
         self._rows()
@@ -439,7 +456,7 @@ class Deployment:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    made = Deployment(tmp_path_factory.mktemp("started"))
+    made = Deployment(tmp_path_factory.mktemp("started"), apart=True)
     try:
         made.start_all()
         yield made
@@ -464,7 +481,7 @@ def running(started: Deployment) -> Iterator[Deployment]:
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
     """Not started."""
-    made = Deployment(tmp_path)
+    made = Deployment(tmp_path, apart=True)
     try:
         yield made
     finally:
