@@ -643,14 +643,14 @@ def test_code_and_unsigned_jobs_that_a_server_lets_through_are_refused_at_every_
         code.write_text(f"open({str(ran)!r}, 'a').close()\n")
         detail = refused(running, running.session.submit_folder(folder))
         for site in deployment.sites:
-            assert f"{site}: BYOC not permitted" in detail
+            assert re.search(f"{site}: [^,]*BYOC not permitted", detail)
         assert not ran.exists()
 
         monkeypatch.setattr(file_transfer, "sign_folders", lambda *told, **named: None)
         submitted = running.session.submit_folder(job(pending(running, "unsigned"), {}, {}))
         detail = refused(running, submitted)
         for site in deployment.sites:
-            assert f"{site}: unsigned job rejected" in detail
+            assert re.search(f"{site}: [^,]*unsigned job rejected", detail)
     finally:
         running.leave()
         server.terminate()
