@@ -39,7 +39,7 @@ def token(cell: Cell, kit: Kit, name: str) -> tuple[str, str, str] | None:
         root_cert_file=str(kit.root),
         private_key_file=str(kit.key),
         cert_file=str(kit.certificate),
-        msg_timeout=5.0,
+        msg_timeout=3.0,
         retry_interval=1.0,
         timeout=1.0,
     )
@@ -54,7 +54,7 @@ def command(cell: Cell, victim: str) -> str:
     """The return code, and the reply, to a harmless command that FLARE's server gives."""
     request = new_cell_message({}, Command(TrainingTopic.CHECK_STATUS, ""))
     reply = cell.send_request(
-        CellChannel.CLIENT_MAIN, TrainingTopic.CHECK_STATUS, victim, request, timeout=4.0
+        CellChannel.CLIENT_MAIN, TrainingTopic.CHECK_STATUS, victim, request, timeout=2.0
     )
     body = getattr(reply.payload, "body", "")
     return f"{reply.get_header(MessageHeaderKey.RETURN_CODE)} {body}"
