@@ -20,6 +20,7 @@ test: lint types imports ## lint, types, import directions and the test suite (m
 	$(PYTEST) tests/protocols protocols
 	$(PYTEST) tests/securefl securefl
 	$(PYTEST) tests/project
+	$(PYTEST) --dist loadfile tests/deployment
 
 test-slow: $(VENV)/.tests ## the tests marked slow
 	$(PYTEST) -m slow
