@@ -80,18 +80,24 @@ class StoppedError(Exception):
 def conduct(kit_folder: Path, name: str, experiment_text: str, job: Job) -> None:
     """The run `name`: begun with `experiment_text`, or gone on with where its folder is there.
 
-    What becomes of it is in its folder (`RunProgress`), and not in what this returns.
+    What becomes of it is in its folder (`RunProgress`), and not in what this returns. Raises
+    ConfigurationError, and touches nothing, where another job conducts it, or another experiment
+    has its name.
     """
     kit = Kit.load(kit_folder)
     folder = kit.folder / RUNS / check_name(name)
+    experiment = None
+    if experiment_text:
+        experiment = config.parse(experiment_text, origin="the submitted experiment")
     begun = (folder / EXPERIMENT).exists()
     if begun:
-        experiment = config.load(folder / EXPERIMENT)
-    elif experiment_text:
-        experiment = config.parse(experiment_text, origin="the submitted experiment")
-    else:
+        other, experiment = experiment, config.load(folder / EXPERIMENT)
+        if other is not None and other.digest() != experiment.digest():
+            raise ConfigurationError(f"there is another run {name}: give this one another name")
+    if experiment is None:
         raise ConfigurationError(f"there is no run {name} to go on with")
-    _Conducted(kit, folder, experiment, job).go(begun)
+    with store.exclusive(folder / "job"):
+        _Conducted(kit, folder, experiment, job).go(begun)
 
 
 @final
