@@ -196,6 +196,7 @@ class Gate:
         experiment = config.parse(proposal.experiment, origin="the proposed experiment")
         if same is not None and self._current and self._current[0] == proposal.session:
             return experiment.digest()
+        self._site = self._permits()
         identity = Identity(self.name, self._key, self._roster(experiment, proposal))
         sites = len(identity.roster)
         policy.check(self._site, experiment, sites, proposal.parameters, self._today())
@@ -216,6 +217,16 @@ class Gate:
         self._sessions[proposal.session] = hashlib.sha256(data).digest()
         self._current = proposal.session, client
         return experiment.digest()
+
+    def _permits(self) -> config.Site:
+        """What site.toml permits now: its people change it while this process goes on."""
+        try:
+            site = config.load_site(self._folder / SITE)
+        except ConfigurationError as error:
+            raise _UnfitError(str(error)) from None
+        if site.name != self.name:
+            raise _UnfitError(f"{self._folder / SITE} is of {site.name} now: put it back")
+        return site
 
     def _roster(self, experiment: Experiment, proposal: Proposal) -> Roster:
         """The roster, where it pins this site's own key and contradicts nothing that is known."""

@@ -276,6 +276,26 @@ def without(experiment: Experiment, *keys: str) -> str:
     return experiment.model_copy(update=dict.fromkeys(keys)).dump()
 
 
+def test_a_policy_that_its_people_change_counts_from_the_next_proposal_on(village: Any) -> None:
+    made = village()
+    made.write("north", policy={"maximum_rounds": 1})
+    refusal = made.ask(made.proposal())
+    assert isinstance(refusal, Refusal)
+    assert "policy.maximum_rounds" in refusal.reason
+    made.write("north")
+    assert isinstance(made.ask(made.proposal()), Answer)
+
+
+def test_a_policy_that_cannot_be_read_is_no_news_for_the_server(village: Any) -> None:
+    made = village()
+    (made.folder / "north" / SITE).write_text("rounds of applause")
+    refusal = made.ask(made.proposal())
+    assert isinstance(refusal, Refusal)
+    assert "ask its people why" in refusal.reason
+    assert SITE not in refusal.reason
+    assert SITE in made.told[-1]
+
+
 def test_differential_privacy_is_not_switched_off(village: Any) -> None:
     made = village()
     refused(made, made.proposal(experiment=without(made.experiment, "privacy")), "policy.privacy")
