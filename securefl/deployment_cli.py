@@ -103,7 +103,7 @@ def submit(
     from securefl.deployment.steward import Session
 
     kit = _ready(kit_folder, "administrator")
-    wanted, least = _proposed(config.load(experiment, settings or ()), kit)
+    wanted, least = proposed(config.load(experiment, settings or ()), kit)
     run = name or f"{wanted.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     with Session(kit) as session:
         connected = session.connected()
@@ -118,7 +118,7 @@ def submit(
             _follow(session, run, job)
 
 
-def _proposed(experiment: config.Experiment, kit: Kit) -> tuple[config.Experiment, int]:
+def proposed(experiment: config.Experiment, kit: Kit) -> tuple[config.Experiment, int]:
     """The experiment with its sites named, tried here, and how many sites a sum needs."""
     from securefl import agreement, simulation
     from securefl.runs import check_remote

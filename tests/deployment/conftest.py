@@ -30,6 +30,8 @@ from securefl.deployment.authority import Consortium
 from securefl.deployment.kits import Kit
 from securefl.deployment.nodes import processes
 from securefl.deployment.progress import RunProgress, read_progress
+from securefl.deployment.steward import Session
+from securefl.deployment_cli import proposed
 from securefl.engines import Exchange
 from securefl.privacy.ledger import Charged, Ledger
 from securefl.records import History, read_history
@@ -218,6 +220,7 @@ class Deployment:
             (self.kit(site) / "site.toml").write_text(text)
         (folder / "experiment.toml").write_text(EXPERIMENT)
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._session: Session | None = None
         self.options: dict[str, tuple[str, ...]] = {}
         """Of `site start`, by site."""
 
@@ -311,10 +314,26 @@ class Deployment:
             wait(lambda site=site: self.joined(site) >= times, f"{site} connected", 90)
 
     def submit(self, name: str = "trial", *settings: str) -> str:
-        told = [part for setting in settings for part in ("--set", setting)]
-        kit = str(self.kit("administrator"))
-        self.cli("submit", "experiment.toml", "--kit", kit, "--name", name, *told)
+        """Submit without the command line, whose start takes seconds."""
+        experiment, least = proposed(
+            self.experiment(*settings), Kit.load(self.kit("administrator"))
+        )
+        for attempt in range(3):
+            try:
+                self._session = self._session or Session(Kit.load(self.kit("administrator")))
+                self._session.submit(name, experiment.dump(), least)
+                break
+            except Exception:  # the server was killed since
+                self.leave()
+                if attempt == 2:
+                    raise
         return name
+
+    def leave(self) -> None:
+        """End the administrator's session."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def experiment(self, *settings: str) -> Experiment:
         return config.load(self.folder / "experiment.toml", settings)
@@ -440,6 +459,7 @@ class Deployment:
                 process.send_signal(number)
 
     def stop(self) -> None:
+        self.leave()
         for node in self.nodes.values():
             node.send_signal(signal.SIGTERM)
         for name, node in self.nodes.items():

@@ -26,7 +26,8 @@ STEPS = PHASES[1:]
 
 
 def test_a_seeded_deployment_gives_the_in_process_model_weight_for_weight(running) -> None:
-    name = running.submit("equal")
+    name, kit = "equal", str(running.kit("administrator"))
+    running.cli("submit", "experiment.toml", "--kit", kit, "--name", name)
     over = running.wait_over(name)
     assert over.state == "finished", over
     assert over.jobs == 1
@@ -174,6 +175,7 @@ def test_a_reply_that_comes_after_the_deadline_is_left_out_and_the_site_is_in_th
     running.check_correct(name)
 
 
+@pytest.mark.slow
 def test_stragglers_are_left_behind_once_enough_have_answered(running) -> None:
     running.hold("north", "before-upload")
     name = running.submit("straggler", "deployment.stragglers=1", "rounds=2")
@@ -186,6 +188,7 @@ def test_stragglers_are_left_behind_once_enough_have_answered(running) -> None:
     running.check_correct(name)
 
 
+@pytest.mark.slow
 def test_a_run_waits_where_too_few_sites_are_left_and_goes_on_when_they_are_back(running) -> None:
     for site in ("north", "south"):
         running.hold(site, "before-upload")
