@@ -315,12 +315,11 @@ class Deployment:
 
     def submit(self, name: str = "trial", *settings: str) -> str:
         """Submit without the command line, whose start takes seconds."""
-        experiment, least = proposed(
-            self.experiment(*settings), Kit.load(self.kit("administrator"))
-        )
+        kit = Kit.load(self.kit("administrator"))
+        experiment, least = proposed(self.experiment(*settings), kit)
         for attempt in range(3):
             try:
-                self._session = self._session or Session(Kit.load(self.kit("administrator")))
+                self._session = self._session or Session(kit)
                 self._session.submit(name, experiment.dump(), least)
                 break
             except Exception:  # the server was killed since
