@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -808,7 +808,11 @@ def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") 
 
 
 def _experiment(
-    text: str, overrides: Iterable[str], origin: str, folder: Path | None
+    text: str,
+    overrides: Iterable[str],
+    origin: str,
+    folder: Path | None,
+    names: Sequence[str] = (),
 ) -> Experiment:
     tree = parse_tree(text, origin)
     if folder is not None:
@@ -817,6 +821,9 @@ def _experiment(
         _lay_over(tree, override)
     if folder is not None:
         _read_schema(tree, Path())
+    sites = tree.setdefault("sites", {}) if names else None
+    if isinstance(sites, dict) and "count" not in sites:
+        sites.setdefault("names", list(names))
     return validated(Experiment, tree, origin)
 
 
@@ -829,10 +836,13 @@ def _read_schema(tree: dict[str, Any], folder: Path) -> None:
         validated(Schema, data["schema"], str(path))  # so that errors name its own file
 
 
-def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
-    """The experiment in the TOML file `path`; a relative data path is relative to that file."""
+def load(path: Path | str, overrides: Iterable[str] = (), names: Sequence[str] = ()) -> Experiment:
+    """The experiment in the TOML file `path`; a relative data path is relative to that file.
+
+    names: of the sites, where it says neither names nor a number of them.
+    """
     text = read_text(path)
-    experiment = _experiment(text, overrides, str(path), Path(path).parent)
+    experiment = _experiment(text, overrides, str(path), Path(path).parent, names)
     data = experiment.data
     if data.path is not None and not data.path.is_absolute():
         written_here = tomllib.loads(text).get("data", {}).get("path") == str(data.path)
