@@ -852,9 +852,15 @@ def load(path: Path | str, overrides: Iterable[str] = (), names: Sequence[str] =
     return experiment
 
 
-def parse_site(text: str, origin: str = "site") -> Site:
-    """The site written in `text`. Raises ConfigurationError as `parse` does."""
-    return validated(Site, parse_tree(text, origin), origin)
+def parse_site(text: str, origin: str = "site", folder: Path | None = None) -> Site:
+    """The site written in `text`. Raises ConfigurationError as `parse` does.
+
+    folder: where the schema that it names is looked for; without one it may name none.
+    """
+    tree = parse_tree(text, origin)
+    if folder is not None:
+        _read_schema(tree, folder)
+    return validated(Site, tree, origin)
 
 
 def load_site(path: Path | str) -> Site:
@@ -862,9 +868,7 @@ def load_site(path: Path | str) -> Site:
 
     Raises ConfigurationError naming the file, the key, the value and the mend.
     """
-    tree = parse_tree(read_text(path), str(path))
-    _read_schema(tree, Path(path).parent)
-    site = validated(Site, tree, str(path))
+    site = parse_site(read_text(path), str(path), Path(path).parent)
     if site.data.path is None:
         return site
     data = site.data.model_copy(update={"path": Path(path).resolve().parent / site.data.path})

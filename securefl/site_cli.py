@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from datetime import date
@@ -77,6 +78,12 @@ def init(
     person: Annotated[
         str | None, typer.Option(help="The column that says whose a record is (unit person).")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The records: where they lie.")
+    ] = None,
+    schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What they hold, as the sites agreed.")
+    ] = None,
     output: OutputFormat = Format.text,
 ) -> None:
     """Make a site: site.toml with a safe policy, and the site's key. Prints the public key.
@@ -99,13 +106,15 @@ def init(
         consortium=consortium,
         id=_quoted(data_id),
         purpose=_quoted(purpose),
+        path=_path("path", data, folder, "records.csv"),
+        schema=_path("schema", schema, folder, "schema.toml"),
         person=f"person = {_quoted(person)}" if person else '# person = "COLUMN"',
         unit=_quoted(unit),
         epsilon=repr(epsilon),
         delta=repr(delta),
         units='["site"]' if unit is Unit.site else f'["{unit}", "site"]',
     )
-    config.parse_site(text, origin="this site")
+    config.parse_site(text, origin="this site", folder=folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     had_one = (folder / sites.KEY).exists()  # of an init that was interrupted
     key = sites.read_key(folder) if had_one else sites.make_key(folder)
@@ -562,6 +571,16 @@ def _show(table: Table) -> None:
     Console(highlight=False).print(table)
 
 
+def _path(key: str, file: Path | None, folder: Path, example: str) -> str:
+    """The line of site.toml that names a file, from there; a comment where none is named."""
+    if file is None:
+        return f'# {key} = "{example}"'
+    if not file.exists():
+        raise ConfigurationError(f"{file} is not there: name the file for {key} under [data]")
+    told = file if file.is_absolute() else os.path.relpath(file.resolve(), folder.resolve())
+    return f"{key} = {_quoted(str(told))}"
+
+
 def _quoted(text: str) -> str:
     """A TOML string."""
     import tomli_w
@@ -583,9 +602,9 @@ purpose = {purpose}
 # The column that says whose a record is; unit = "person" needs it.
 {person}
 # Where the records lie; a path that a server proposes is never read.
-# path = "records.csv"
+{path}
 # What they hold (`securefl data schema` drafts it); a run on another schema is refused.
-# schema = "schema.toml"
+{schema}
 
 # What the data set may spend: over all runs and all servers, for ever.
 [budget]
