@@ -547,8 +547,9 @@ class Experiment(Section):
     stopping: Stopping | None = None
     """When to stop before all rounds are done."""
     engine: Engine = Engine()
-    deployment: Deployment = Deployment()
     """Where sites run in a simulation."""
+    deployment: Deployment = Deployment()
+    """How long a server waits for sites on machines of their own."""
     transcript: Transcript = Transcript()
     """What is kept for later study."""
 
