@@ -4,11 +4,12 @@ SHELL := /bin/sh
 
 PYTHON ?= python3
 VENV := .venv
+WHEELS := wheels
 BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow bench lint types imports check-python vectors reference clean
+.PHONY: help demo test test-slow bench lint types imports check-python vectors reference wheels clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +47,10 @@ reference: $(VENV)/.installed ## write docs/reference/ again, from the code that
 	$(BIN)/securefl reference experiment > docs/reference/experiment.md
 	$(BIN)/securefl reference site > docs/reference/site.md
 	$(BIN)/securefl reference schema > docs/reference/schema.md
+
+wheels: | $(VENV)/bin/python ## a folder from which securefl[flare] is installed without a network
+	rm -rf $(WHEELS)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --wheel-dir $(WHEELS) '.[flare]'
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

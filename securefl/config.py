@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -547,8 +547,9 @@ class Experiment(Section):
     stopping: Stopping | None = None
     """When to stop before all rounds are done."""
     engine: Engine = Engine()
-    deployment: Deployment = Deployment()
     """Where sites run in a simulation."""
+    deployment: Deployment = Deployment()
+    """How long a server waits for sites on machines of their own."""
     transcript: Transcript = Transcript()
     """What is kept for later study."""
 
@@ -808,7 +809,11 @@ def parse(text: str, overrides: Iterable[str] = (), origin: str = "experiment") 
 
 
 def _experiment(
-    text: str, overrides: Iterable[str], origin: str, folder: Path | None
+    text: str,
+    overrides: Iterable[str],
+    origin: str,
+    folder: Path | None,
+    names: Sequence[str] = (),
 ) -> Experiment:
     tree = parse_tree(text, origin)
     if folder is not None:
@@ -817,6 +822,9 @@ def _experiment(
         _lay_over(tree, override)
     if folder is not None:
         _read_schema(tree, Path())
+    sites = tree.setdefault("sites", {}) if names else None
+    if isinstance(sites, dict) and "count" not in sites:
+        sites.setdefault("names", list(names))
     return validated(Experiment, tree, origin)
 
 
@@ -829,10 +837,13 @@ def _read_schema(tree: dict[str, Any], folder: Path) -> None:
         validated(Schema, data["schema"], str(path))  # so that errors name its own file
 
 
-def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
-    """The experiment in the TOML file `path`; a relative data path is relative to that file."""
+def load(path: Path | str, overrides: Iterable[str] = (), names: Sequence[str] = ()) -> Experiment:
+    """The experiment in the TOML file `path`; a relative data path is relative to that file.
+
+    names: of the sites, where it says neither names nor a number of them.
+    """
     text = read_text(path)
-    experiment = _experiment(text, overrides, str(path), Path(path).parent)
+    experiment = _experiment(text, overrides, str(path), Path(path).parent, names)
     data = experiment.data
     if data.path is not None and not data.path.is_absolute():
         written_here = tomllib.loads(text).get("data", {}).get("path") == str(data.path)
@@ -842,9 +853,15 @@ def load(path: Path | str, overrides: Iterable[str] = ()) -> Experiment:
     return experiment
 
 
-def parse_site(text: str, origin: str = "site") -> Site:
-    """The site written in `text`. Raises ConfigurationError as `parse` does."""
-    return validated(Site, parse_tree(text, origin), origin)
+def parse_site(text: str, origin: str = "site", folder: Path | None = None) -> Site:
+    """The site written in `text`. Raises ConfigurationError as `parse` does.
+
+    folder: where the schema that it names is looked for; without one it may name none.
+    """
+    tree = parse_tree(text, origin)
+    if folder is not None:
+        _read_schema(tree, folder)
+    return validated(Site, tree, origin)
 
 
 def load_site(path: Path | str) -> Site:
@@ -852,9 +869,7 @@ def load_site(path: Path | str) -> Site:
 
     Raises ConfigurationError naming the file, the key, the value and the mend.
     """
-    tree = parse_tree(read_text(path), str(path))
-    _read_schema(tree, Path(path).parent)
-    site = validated(Site, tree, str(path))
+    site = parse_site(read_text(path), str(path), Path(path).parent)
     if site.data.path is None:
         return site
     data = site.data.model_copy(update={"path": Path(path).resolve().parent / site.data.path})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from datetime import UTC, datetime
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from securefl.deployment.kits import Kit
     from securefl.deployment.progress import RunProgress
     from securefl.deployment.steward import Session
+
+_SILENCE = 60.0
+"""Seconds without a word of a run after which whoever follows it gives up."""
+
+
+class StoppedShortError(RuntimeError):
+    """The run that a person follows did not finish."""
+
 
 server = typer.Typer(
     cls=OneLineErrors, no_args_is_help=True, help="A consortium's server: relays and adds."
@@ -103,7 +112,7 @@ def submit(
     from securefl.deployment.steward import Session
 
     kit = _ready(kit_folder, "administrator")
-    wanted, least = proposed(config.load(experiment, settings or ()), kit)
+    wanted, least = proposed(config.load(experiment, settings or (), tuple(kit.roster)), kit)
     run = name or f"{wanted.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     with Session(kit) as session:
         connected = session.connected()
@@ -115,7 +124,7 @@ def submit(
             where = shlex.quote(str(kit_folder))
             typer.echo(f"how far it is: securefl status {where}")
         if follow:
-            _follow(session, run, job)
+            _follow(session, run)
 
 
 def proposed(experiment: config.Experiment, kit: Kit) -> tuple[config.Experiment, int]:
@@ -137,26 +146,43 @@ def proposed(experiment: config.Experiment, kit: Kit) -> tuple[config.Experiment
     return experiment, agreement.thresholds(experiment, len(names)).minimum
 
 
-def _follow(session: Session, run: str, job: str) -> None:
-    """Say what becomes of a run until FLARE's job is over."""
-    from securefl.deployment.progress import STATUS
-
-    before = ""
-    while not (state := session.status(job)).startswith("FINISHED"):
-        try:
-            told = session.command(job, STATUS, {})
-        except Exception:  # the job is starting, or just over
-            told = {}
-        line = f"{run}: update {told['done']} of {told['rounds']}" if told else f"{run}: {state}"
-        if line != before:
-            say(line)
-        before = line
+def _follow(session: Session, run: str) -> None:
+    """Say how far a run is until it is over; StoppedShortError where it did not finish."""
+    before, silent_since = "", time.monotonic()
+    told: RunProgress | None = None
+    while told is None or not told.over:
+        heard = session.progress(run)
+        if heard is not None:
+            told, silent_since = heard, time.monotonic()
+            line = f"{run}: {told.state}, update {told.done} of {told.rounds}"
+            if told.state == "waiting":
+                line += f": {told.reason}"
+            if line != before:
+                say(line)
+            before = line
+        elif time.monotonic() - silent_since > _SILENCE:
+            raise StoppedShortError(
+                f"nothing is heard of {run} any more: `securefl status` at the server says more"
+            )
         time.sleep(1)
-    say(f"{run}: the job is over ({state.partition(':')[2].lower() or state})")
+    if told.state == "failed":
+        for reason in _reasons(told):
+            say(reason)
+        if "policy.consent" in told.reason:
+            say("at each site: `securefl site proposals KIT`, `site agree`; then submit again")
+        raise StoppedShortError(f"{run} failed")
+
+
+def _reasons(run: RunProgress) -> list[str]:
+    """Why it failed or waits: in all, and then what every site said."""
+    return re.split(r"(?:; |: )(?=[\w.-]+ refuses by )", run.reason)
 
 
 def status(kit_folder: KitFolder, output: OutputFormat = Format.text) -> None:
-    """What runs, who is connected, and how far each run is."""
+    """What runs, who is connected, and how far each run is.
+
+    Exit status 1 where a server or a site is not running.
+    """
     from securefl.deployment import nodes
     from securefl.deployment.kits import Kit
     from securefl.deployment.progress import every_run
@@ -164,43 +190,91 @@ def status(kit_folder: KitFolder, output: OutputFormat = Format.text) -> None:
     kit = Kit.load(kit_folder.absolute())
     told: dict[str, object] = {"kit": kit.name, "role": str(kit.role)}
     runs: Mapping[str, RunProgress] = {}
+    running = None
     if kit.role == "administrator":
-        told["connected"], runs = _asked(kit)
+        told["connected"], runs, told["over"] = _asked(kit)
     else:
-        told["running"] = nodes.supervisor(kit) is not None
+        running = nodes.supervisor(kit) is not None
+        told["running"] = running
         if kit.role == "server":
             runs = every_run(kit.folder)
+        else:
+            told |= _site_told(kit)
     if output is Format.json:
         print_json(told | {"runs": runs})
-        return
+    else:
+        _show_status(kit, told, runs)
+    if running is False:
+        raise typer.Exit(1)
+
+
+def _site_told(kit: Kit) -> dict[str, object]:
+    """What is known at a site: whether its gate answers, its last message, what it refused."""
+    from securefl.audit_log import LOG, exchanged, read
+    from securefl.deployment import nodes
+    from securefl.deployment.service import Connection
+    from securefl.proposals import Proposals
+
+    told: dict[str, object] = {"service": True, "server": nodes.reaches_server(kit)}
+    try:
+        Connection(kit.folder, 2.0).close()
+    except OSError:
+        told["service"] = False
+    log = kit.folder / LOG
+    lines = exchanged(read(log)) if log.exists() else ()
+    told["last_asked"] = lines[-1].at if lines else None
+    told["proposals"] = len(Proposals(kit.folder).newest_first())
+    return told
+
+
+def _show_status(kit: Kit, told: Mapping[str, object], runs: Mapping[str, RunProgress]) -> None:
     from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
 
     console = Console(highlight=False)
+
+    def line(text: str) -> None:
+        console.print(Text(text))
+
     if "running" in told:
         going = "running" if told["running"] else "not running"
-        console.print(f"{kit.name} of {kit.consortium}: {going}", markup=False)
+        line(f"{kit.name} of {kit.consortium}: {going}")
+    if "service" in told and told["running"]:
+        line(f"service: {'answers' if told['service'] else 'does not answer: securefl logs KIT'}")
+    if "server" in told:
+        reached = "connected" if told["server"] else "no connection: securefl doctor KIT says why"
+        line(f"to {kit.host}:{kit.port}: {reached}")
+        asked = str(told["last_asked"] or "never").replace("T", " ").replace("+00:00", " UTC")
+        line(f"last asked for something: {asked} (securefl site log KIT)")
+    if told.get("proposals"):
+        line(f"refused proposals kept: {told['proposals']} (securefl site proposals KIT)")
     connected = told.get("connected")
     if isinstance(connected, tuple):
-        console.print(f"connected: {', '.join(connected) or 'no site'}", markup=False)
+        line(f"connected: {', '.join(connected) or 'no site'}")
     if runs:
         console.print(_runs_table(runs))
+    for name, run in runs.items():
+        if run.reason and run.state not in ("running", "stopped"):
+            first, *rest = _reasons(run)
+            line(f"{name} {run.state}: {first}")
+            for reason in rest:
+                console.print(Padding(Text(reason), (0, 0, 0, 2)))
+    over = told.get("over")
+    if isinstance(over, tuple) and over:
+        line(f"over: {', '.join(over)} (how they ended: securefl status, at the server)")
 
 
-def _asked(kit: Kit) -> tuple[tuple[str, ...], dict[str, RunProgress]]:
-    """Who is connected to the server, and how far the runs are that have a job."""
-    import msgspec
-
-    from securefl.deployment.progress import STATUS, RunProgress
+def _asked(kit: Kit) -> tuple[tuple[str, ...], dict[str, RunProgress], tuple[str, ...]]:
+    """Who is connected to the server, how far running runs are, and some that are over."""
     from securefl.deployment.steward import Session
 
-    runs = {}
     with Session(kit) as session:
         connected = session.connected()
-        for job in session.jobs():
-            if str(job.get("status")) == "RUNNING":
-                told = session.command(str(job["job_id"]), STATUS, {})
-                runs[str(job["job_name"])] = msgspec.convert(told, RunProgress, strict=False)
-    return connected, runs
+        names = dict.fromkeys(str(job["job_name"]) for job in session.jobs())
+        heard = {name: session.progress(name) for name in names}
+    over = tuple(name for name, run in heard.items() if run is None)
+    return connected, {name: run for name, run in heard.items() if run is not None}, over[-5:]
 
 
 def _runs_table(runs: Mapping[str, RunProgress]) -> Table:
@@ -212,12 +286,9 @@ def _runs_table(runs: Mapping[str, RunProgress]) -> Table:
     for heading in ("run", "state", "updates", "phase", "sites", "since"):
         table.add_column(heading, overflow="fold")
     for name, run in runs.items():
-        state = (
-            run.state if not run.reason or run.state == "running" else f"{run.state}: {run.reason}"
-        )
         table.add_row(
             Text(name),
-            Text(state),
+            Text(run.state),
             f"{run.done}/{run.rounds}",
             f"{run.round} {run.phase}".strip() if run.state == "running" else "",
             f"{len(run.sites)}/{len(run.names)}",

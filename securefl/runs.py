@@ -853,12 +853,15 @@ class _Job:
                 "round to compute the test figures; they are not protected by the plan."
             )
         sentences += self._exactly_released()
-        if self.tally is not None and self.plan is not None and self.sites is None:
+        together = self.sites is None and self.remote is None
+        if self.tally is not None and self.plan is not None and together:
             sentences.append(
                 "Every site's own test figures carry no noise: they are in its folder under sites, "
                 "for its own people. Leave that folder out of what is passed on."
             )
-        if data.agreed is not None and experiment.sites.partition == "file":
+        if self.remote is not None:
+            pass  # no program read more than one site's records
+        elif data.agreed is not None and experiment.sites.partition == "file":
             sentences.append("This is a simulation: one program read the files of all sites.")
         elif data.agreed is not None and data.path is None:
             sentences.append("This is a simulation: one program read the folders of all sites.")

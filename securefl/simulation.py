@@ -11,7 +11,7 @@ from typing import final
 
 from protocols.identity import Identity
 from securefl import agreement, config, data, models
-from securefl.audit_log import Audited, AuditLog
+from securefl.audit_log import Audited, AuditLog, Member
 from securefl.client import Client, check_records
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, Records, Table, sources
@@ -19,6 +19,7 @@ from securefl.data.tables import Task, near
 from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
+from securefl.proposals import Remembering
 from securefl.site import Gate, Load
 from securefl.site_folder import SITE, open_ledger, read_key
 from securefl.store import SiteStore
@@ -173,6 +174,8 @@ def gate(
 def deployed_gate(folder: Path, asked_by: str, path: Path | None = None) -> Audited:
     """The gate of a site on a machine of its own; a run's state is in `folder`/runs.
 
+    What it refuses is kept for its people (`securefl.proposals`).
+
     path: of its records; by default the one that its site.toml names. asked_by: as in the log.
     """
 
@@ -182,10 +185,16 @@ def deployed_gate(folder: Path, asked_by: str, path: Path | None = None) -> Audi
     def run_folder(run: bytes) -> Path:
         return folder / "runs" / run.hex() / "sites" / config.load_site(folder / SITE).name
 
-    return _gate(folder, load, run_folder, asked_by)
+    return _gate(folder, load, run_folder, asked_by, remembers=True)
 
 
-def _gate(folder: Path, load: Load, run_folder: Callable[[bytes], Path], asked_by: str) -> Audited:
+def _gate(
+    folder: Path,
+    load: Load,
+    run_folder: Callable[[bytes], Path],
+    asked_by: str,
+    remembers: bool = False,
+) -> Audited:
     def make(
         experiment: Experiment, identity: Identity, session: bytes, run: bytes, records: Records
     ) -> Client:
@@ -202,7 +211,10 @@ def _gate(folder: Path, load: Load, run_folder: Callable[[bytes], Path], asked_b
         print(line, file=sys.stderr)
 
     log = AuditLog(folder, read_key(folder))
-    return Audited(Gate(folder, load, make, tell=tell), log, asked_by, tell=tell)
+    member: Member = Gate(folder, load, make, tell=tell)
+    if remembers:
+        member = Remembering(member, folder, asked_by, tell=tell)
+    return Audited(member, log, asked_by, tell=tell)
 
 
 def own_records(folder: Path, experiment: Experiment, path: Path | None = None) -> Frame:

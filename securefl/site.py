@@ -267,8 +267,8 @@ class Gate:
         raise self._refused(
             "policy.consent",
             "a run that nobody at this site agreed to",
-            "what a person agrees to beforehand: securefl site agree EXPERIMENT --site FOLDER "
-            f"--sites {asked.sites} --parameters {asked.parameters} --by NAME",
+            "what a person there agrees to beforehand: securefl site agree "
+            f"(--sites {asked.sites} --parameters {asked.parameters})",
         )
 
     def _client(self, experiment: Experiment, identity: Identity, proposal: Proposal) -> Client:

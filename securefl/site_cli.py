@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from datetime import date
 from enum import StrEnum
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from securefl.audit_log import Exchanged, Fault
     from securefl.privacy.policy import Asked, PolicyError
+    from securefl.proposals import Refused
 
 site = typer.Typer(
     cls=OneLineErrors, no_args_is_help=True, help="What a site permits, and what it agreed to."
@@ -37,10 +40,21 @@ class Unit(StrEnum):
 
 
 Folder = Annotated[Path, typer.Option("--site", metavar="FOLDER", help="The site's folder.")]
-Experiment = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="What is proposed.")]
-Sites = Annotated[int, typer.Option(min=2, help="How many sites take part.")]
+Experiment = Annotated[
+    Path | None,
+    typer.Argument(metavar="[EXPERIMENT.toml]", help="What is proposed; or say --proposal."),
+]
+Sites = Annotated[int | None, typer.Option(min=2, help="How many sites take part.")]
 Parameters = Annotated[
-    int, typer.Option(min=1, help="Parameters of the model; who proposes the run says it.")
+    int | None, typer.Option(min=1, help="Parameters of the model; who proposes the run says it.")
+]
+ProposalId = Annotated[
+    str | None,
+    typer.Option(
+        "--proposal",
+        metavar="ID",
+        help="One that came over the network (`securefl site proposals`), or `latest`.",
+    ),
 ]
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.")]
 
@@ -64,6 +78,12 @@ def init(
     person: Annotated[
         str | None, typer.Option(help="The column that says whose a record is (unit person).")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The records: where they lie.")
+    ] = None,
+    schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What they hold, as the sites agreed.")
+    ] = None,
     output: OutputFormat = Format.text,
 ) -> None:
     """Make a site: site.toml with a safe policy, and the site's key. Prints the public key.
@@ -86,13 +106,15 @@ def init(
         consortium=consortium,
         id=_quoted(data_id),
         purpose=_quoted(purpose),
+        path=_path("path", data, folder, "records.csv"),
+        schema=_path("schema", schema, folder, "schema.toml"),
         person=f"person = {_quoted(person)}" if person else '# person = "COLUMN"',
         unit=_quoted(unit),
         epsilon=repr(epsilon),
         delta=repr(delta),
         units='["site"]' if unit is Unit.site else f'["{unit}", "site"]',
     )
-    config.parse_site(text, origin="this site")
+    config.parse_site(text, origin="this site", folder=folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     had_one = (folder / sites.KEY).exists()  # of an init that was interrupted
     key = sites.read_key(folder) if had_one else sites.make_key(folder)
@@ -149,14 +171,15 @@ def enroll(
 
 @site.command()
 def check(
-    experiment: Experiment,
     folder: Folder,
-    sites: Sites,
-    parameters: Parameters,
+    experiment: Experiment = None,
+    sites: Sites = None,
+    parameters: Parameters = None,
+    proposal: ProposalId = None,
     output: OutputFormat = Format.text,
 ) -> None:
-    """Every rule of this site that an experiment breaks (exit 2), or else what it asks."""
-    asked, broken = _looked_at(experiment, folder, sites, parameters)
+    """Every rule of this site that a proposal breaks (exit 2), or else what it asks."""
+    asked, broken = _looked_at(folder, _offered(folder, experiment, sites, parameters, proposal))
     if output is Format.json:
         print_json(_told(asked, broken))
     elif asked is None:
@@ -169,18 +192,19 @@ def check(
 
 @site.command()
 def agree(
-    experiment: Experiment,
     folder: Folder,
-    sites: Sites,
-    parameters: Parameters,
     by: Annotated[str, typer.Option(help="Who agrees: a person's name.")],
+    experiment: Experiment = None,
+    sites: Sites = None,
+    parameters: Parameters = None,
+    proposal: ProposalId = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask: who calls this agrees.")] = False,
     output: OutputFormat = Format.text,
 ) -> None:
-    """Show what an experiment asks of this site, and write down that a person agrees to it."""
+    """Show what a proposal asks of this site, and write down that a person agrees to it."""
     from securefl.site import Consents
 
-    asked, broken = _looked_at(experiment, folder, sites, parameters)
+    asked, broken = _looked_at(folder, _offered(folder, experiment, sites, parameters, proposal))
     if asked is None:
         raise broken[0]
     if output is Format.text:
@@ -198,6 +222,77 @@ def agree(
         print_json(_told(asked, ()) | {"consent": str(path), "by": by})
     else:
         typer.echo(f"consent {path}\nTo withdraw it, delete that file.")
+        if proposal is not None:
+            typer.echo("Tell who proposed it: proposed again, this site accepts it.")
+
+
+@site.command()
+def proposals(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The site's folder, or kit.")],
+    output: OutputFormat = Format.text,
+) -> None:
+    """What was proposed to this site and refused, and what it would say to it now."""
+    from securefl.proposals import Proposals
+
+    own = config.load_site(folder / "site.toml")
+    kept = Proposals(folder).newest_first()
+    verdicts = [_verdict(folder, own, refused) for refused in kept]
+    if output is Format.json:
+        told = zip(kept, verdicts, strict=True)
+        print_json([{"id": one.id, "now": now, "proposal": one} for one, now in told])
+    elif not kept:
+        typer.echo(f"No proposal was refused by {own.name} that it did not accept later.")
+    else:
+        _print_proposals(folder, kept, verdicts)
+
+
+def _verdict(folder: Path, own: config.Site, refused: Refused) -> str:
+    """What the site would say to a proposal that it refused, by site.toml as it is now."""
+    from securefl.site import Consents
+
+    unknown = refused.strangers(own)
+    if unknown:
+        return f"refused: [consortium] has not the key that it gives {', '.join(unknown)}"
+    try:
+        parts = config.parse(refused.experiment), len(refused.sites), refused.parameters
+        asked, broken = _looked_at(folder, parts)
+    except (ValueError, ArithmeticError) as error:
+        return f"refused: {error}"
+    if asked is None:
+        return f"refused: breaks {', '.join(fault.rule for fault in broken)}"
+    if own.policy.consent == "standing":
+        return "permitted: propose it again"
+    if Consents(folder).given(asked, b""):
+        return "agreed to: propose it again"
+    return "waits for a person to agree"
+
+
+def _print_proposals(folder: Path, kept: Sequence[Refused], verdicts: Sequence[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from securefl.messages import printable
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("id", "last proposed (UTC)", "experiment", "sites", "now"):
+        table.add_column(heading, overflow="fold")
+    for refused, verdict in zip(kept, verdicts, strict=True):
+        try:
+            name = config.parse(refused.experiment).name
+        except ConfigurationError:
+            name = "cannot be read"
+        at = printable(refused.at[:16].replace("T", " "))
+        cells = (refused.id, at, name, str(len(refused.sites)), printable(verdict))
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    for refused, verdict in zip(kept, verdicts, strict=True):
+        if verdict.startswith("refused: breaks"):
+            console.print(Text(f"{refused.id} was told: {printable(refused.reason)}"))
+    where = f"--site {shlex.quote(str(folder))} --proposal ID"
+    typer.echo(f"securefl site check {where}\nsecurefl site agree {where} --by NAME")
 
 
 @site.command()
@@ -368,15 +463,47 @@ def _joined(folder: Path, name: str | None) -> tuple[str, str]:
     return kit.name, "\n".join(f'{site} = "{key}"' for site, key in others.items())
 
 
+def _offered(
+    folder: Path,
+    path: Path | None,
+    count: int | None,
+    parameters: int | None,
+    proposal: str | None,
+) -> tuple[config.Experiment, int, int]:
+    """The experiment, how many sites take part, and the model's parameters: from either source."""
+    from securefl.proposals import Proposals
+
+    if proposal is not None:
+        if path is not None or count is not None or parameters is not None:
+            raise ConfigurationError(
+                "--proposal says all of it: leave EXPERIMENT, --sites and --parameters out"
+            )
+        kept = Proposals(folder).find(proposal)
+        own = config.load_site(folder / "site.toml")
+        if unknown := kept.strangers(own):
+            raise ConfigurationError(
+                f"proposal {kept.id} gives {', '.join(unknown)} a key that {own.name} does not "
+                "know: put it under [consortium] in site.toml once you compared it with theirs"
+            )
+        return config.parse(kept.experiment), len(kept.sites), kept.parameters
+    if path is None or count is None or parameters is None:
+        raise ConfigurationError(
+            "say EXPERIMENT.toml, --sites and --parameters; or --proposal ID for one that came "
+            f"over the network (`securefl site proposals {folder}`)"
+        )
+    return config.load(path), count, parameters
+
+
 def _looked_at(
-    path: Path, folder: Path, count: int, parameters: int
+    folder: Path, offered: tuple[config.Experiment, int, int]
 ) -> tuple[Asked | None, tuple[PolicyError, ...]]:
     """What is asked, or every rule that is broken."""
     from securefl.privacy import policy
     from securefl.privacy.ledger import Ledger
     from securefl.site_folder import LEDGER, SITE
 
-    experiment, own = config.load(path), config.load_site(folder / SITE)
+    experiment, count, parameters = offered
+    own = config.load_site(folder / SITE)
     broken = policy.broken(own, experiment, count, parameters, date.today())
     if broken:
         return None, broken
@@ -444,6 +571,16 @@ def _show(table: Table) -> None:
     Console(highlight=False).print(table)
 
 
+def _path(key: str, file: Path | None, folder: Path, example: str) -> str:
+    """The line of site.toml that names a file, from there; a comment where none is named."""
+    if file is None:
+        return f'# {key} = "{example}"'
+    if not file.exists():
+        raise ConfigurationError(f"{file} is not there: name the file for {key} under [data]")
+    told = file if file.is_absolute() else os.path.relpath(file.resolve(), folder.resolve())
+    return f"{key} = {_quoted(str(told))}"
+
+
 def _quoted(text: str) -> str:
     """A TOML string."""
     import tomli_w
@@ -465,9 +602,9 @@ purpose = {purpose}
 # The column that says whose a record is; unit = "person" needs it.
 {person}
 # Where the records lie; a path that a server proposes is never read.
-# path = "records.csv"
+{path}
 # What they hold (`securefl data schema` drafts it); a run on another schema is refused.
-# schema = "schema.toml"
+{schema}
 
 # What the data set may spend: over all runs and all servers, for ever.
 [budget]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 PING: Final = 2.0
 """Seconds that a site which dropped out has to say that it is back."""
 
+FAREWELL: Final = 5.0
+"""Seconds that a job lingers for a person who asked how far it is as short a time ago."""
+
 
 class JobEndedError(Exception):
     """FLARE ends the job, or it gives way to the next one: the run goes on from its checkpoint."""
@@ -45,6 +48,8 @@ class RoundController(Controller):  # type: ignore[misc]
         self._ended = Signal()
         self._give_way = threading.Event()
         self._stop = threading.Event()
+        self._told_last = threading.Event()
+        self._heard = float("-inf")
         self._away: set[str] = set()
         self._silent: set[str] = set()
 
@@ -77,7 +82,19 @@ class RoundController(Controller):  # type: ignore[misc]
         ):
             engine.register_app_command(topic, answer)
         self._kit = Path(engine.get_workspace().get_root_dir()).parent
-        conduct.conduct(self._kit, self._run, self._experiment, self)
+        try:
+            conduct.conduct(self._kit, self._run, self._experiment, self)
+        finally:
+            self._take_leave()
+
+    def _take_leave(self) -> None:
+        """Whoever follows the run hears how it ended: once the job is over, nothing tells."""
+        end = time.monotonic() + FAREWELL
+        if end - self._heard < 2 * FAREWELL:
+            self._told_last.clear()
+            while not (self._ended.triggered or self._told_last.wait(0.2)):
+                if time.monotonic() > end:
+                    break
 
     @property
     def job(self) -> str:
@@ -118,6 +135,8 @@ class RoundController(Controller):  # type: ignore[misc]
 
     def _on_status(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
         told = read_progress(self._kit / RUNS / self._run)
+        self._heard = time.monotonic()
+        self._told_last.set()
         return {} if told is None else dict(msgspec.to_builtins(told))
 
     def check(self) -> None:

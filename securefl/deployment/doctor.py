@@ -394,6 +394,13 @@ def _site(kit: Kit, data: Path | None) -> Iterator[Finding]:
         )
     else:
         yield _ok("site.toml", f"data set {own.data.id}; pins every site of the roster")
+    if own.data.agreed is None:
+        yield Finding(
+            "schema",
+            Verdict.fault,
+            "site.toml names none: every run is refused",
+            'put schema = "FILE", the one that the sites agreed on, under [data]',
+        )
     yield _records(data or own.data.path)
     yield _ledger(kit.folder / site_folder.LEDGER)
 

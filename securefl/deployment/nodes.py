@@ -368,6 +368,20 @@ def processes(kit: Kit) -> Iterator[Any]:
                 yield process
 
 
+def reaches_server(kit: Kit) -> bool:
+    """Whether a TCP connection of the kit's processes to the server, or to a proxy, stands."""
+    import psutil
+
+    proxied = any(os.environ.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy"))
+    for process in processes(kit):
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections("tcp"):
+                there = connection.status == psutil.CONN_ESTABLISHED and connection.raddr
+                if there and (proxied or connection.raddr.port == kit.port):
+                    return True
+    return False
+
+
 def end_all(kit: Kit, patience: float = 3.0) -> None:
     """End every process that was started for the kit."""
     _end(list(processes(kit)), patience)

@@ -23,6 +23,7 @@ from securefl.deployment.kits import Kit
 from securefl.deployment.progress import (
     AGAIN,
     RUNS,
+    STATUS,
     RunProgress,
     check_name,
     every_run,
@@ -107,6 +108,17 @@ class Session:
         """Every job that FLARE's server knows."""
         with _quiet():
             return list(self._session.list_jobs())
+
+    def progress(self, run: str) -> RunProgress | None:
+        """How far a run is, from its running job; None where none says so just now."""
+        for job in self.jobs():
+            if job.get("job_name") == run and str(job.get("status")) == "RUNNING":
+                try:
+                    told = self.command(str(job["job_id"]), STATUS, {})
+                    return msgspec.convert(told, RunProgress, strict=False) if told else None
+                except Exception:  # FLARE's: the job is starting, or just over
+                    return None
+        return None
 
     def give_way(self, job: str) -> None:
         """Ask a running job to end after its round."""

@@ -87,6 +87,8 @@ def test_the_comments_of_site_toml_are_the_defaults() -> None:
         name='"north"',
         id='"a"',
         purpose='"b"',
+        path="",
+        schema="",
         person='person = "who"',
         unit='"person"',
         epsilon="2.0",
