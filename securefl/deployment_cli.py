@@ -44,6 +44,9 @@ AdministratorKit = Annotated[
 OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.")]
 
 
+_DAY = 24 * 60 * 60.0
+
+
 @server.callback()
 def _server() -> None:
     """A consortium's server: relays and adds."""
@@ -58,8 +61,13 @@ def start(kit_folder: KitFolder) -> None:
     kit = _ready(kit_folder, "server")
     nodes.prepare(kit)
     say(f"server of {kit.consortium} on {kit.bind}; logs in {kit.folder / 'logs'}")
-    steward = Steward(kit, say)
-    nodes.keep_running(kit, nodes.programs(kit), say, steward.beat)
+    steward, remind = Steward(kit, say), _reminder(kit)
+
+    def beat() -> None:
+        steward.beat()
+        remind()
+
+    nodes.keep_running(kit, nodes.programs(kit), say, beat)
     steward.close()
     say("stopped")
 
@@ -91,7 +99,8 @@ def start_site(
         f"logs in {kit.folder / 'logs'}"
     )
     absolute = data.absolute() if data is not None else None
-    nodes.keep_running(kit, nodes.programs(kit, own.absolute(), absolute), say)
+    wanted = nodes.programs(kit, own.absolute(), absolute)
+    nodes.keep_running(kit, wanted, say, _reminder(kit))
     say("stopped")
 
 
@@ -358,6 +367,23 @@ def _ready(folder: Path, role: str) -> Kit:
     for warning in kit.check(datetime.now(UTC)):
         say(warning)
     return kit
+
+
+def _reminder(kit: Kit) -> Callable[[], None]:
+    """What says once a day that the kit's certificate expires soon, or has expired."""
+    due = time.monotonic() + _DAY
+
+    def remind() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + _DAY
+            try:
+                for warning in kit.check(datetime.now(UTC)):
+                    say(warning)
+            except ConfigurationError as error:
+                say(str(error))
+
+    return remind
 
 
 def _own_folder(kit: Kit, policy: Path | None) -> Path:
