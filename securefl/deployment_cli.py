@@ -359,8 +359,12 @@ def _stop_run(kit: Kit, run: str) -> None:
 
 def _ready(folder: Path, role: str) -> Kit:
     """The kit, checked; warnings are said."""
+    import importlib.util
+
     from securefl.deployment.kits import Kit
 
+    if importlib.util.find_spec("nvflare") is None:
+        raise ConfigurationError("FLARE is not installed here: pip install 'securefl[flare]'")
     kit = Kit.load(folder.absolute())
     if kit.role != role:
         raise ConfigurationError(f"{folder} is the kit of a {kit.role}: this takes a {role}'s")
