@@ -125,6 +125,8 @@ def submit(
     run = name or f"{wanted.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     with Session(kit) as session:
         connected = session.connected()
+        if any(job.get("job_name") == run for job in session.jobs()):
+            raise ConfigurationError(f"there is a run {run} already: give this one another --name")
         job = session.submit(run, wanted.dump(), least)
         if output is Format.json:
             print_json({"run": run, "job": job, "connected": connected})

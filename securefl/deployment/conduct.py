@@ -28,6 +28,9 @@ from securefl.server import PROPOSE
 PARTIES: Final = "roster.json"
 """In a run's folder: the sites that it began with."""
 
+SUBMITTED: Final = "submitted.toml"
+"""In a run's folder: the experiment as it came, from which the run can begin at any time."""
+
 
 class _Parties(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sites and their keys (hexadecimal)."""
@@ -86,18 +89,29 @@ def conduct(kit_folder: Path, name: str, experiment_text: str, job: Job) -> None
     """
     kit = Kit.load(kit_folder)
     folder = kit.folder / RUNS / check_name(name)
-    experiment = None
-    if experiment_text:
-        experiment = config.parse(experiment_text, origin="the submitted experiment")
-    begun = (folder / EXPERIMENT).exists()
-    if begun:
-        other, experiment = experiment, config.load(folder / EXPERIMENT)
-        if other is not None and other.digest() != experiment.digest():
-            raise ConfigurationError(f"there is another run {name}: give this one another name")
-    if experiment is None:
+    if not (experiment_text or folder.exists()):
         raise ConfigurationError(f"there is no run {name} to go on with")
     with store.exclusive(folder / "job"):
+        if experiment_text:
+            _submitted(folder, name, experiment_text)
+        begun = (folder / EXPERIMENT).exists()
+        if begun:
+            experiment = config.load(folder / EXPERIMENT)
+        else:
+            text = (folder / SUBMITTED).read_text(encoding="utf-8")
+            experiment = config.parse(text, origin="the submitted experiment")
         _Conducted(kit, folder, experiment, job).go(begun)
+
+
+def _submitted(folder: Path, name: str, experiment_text: str) -> None:
+    """Keep what was submitted before anything else is said of the run.
+
+    Raises ConfigurationError where there is a run of this name: it goes on as it began.
+    """
+    config.parse(experiment_text, origin="the submitted experiment")
+    if (folder / EXPERIMENT).exists() or read_progress(folder) is not None:
+        raise ConfigurationError(f"there is a run {name} already: submit it under another --name")
+    store.write(folder / SUBMITTED, experiment_text.encode())
 
 
 @final

@@ -96,7 +96,14 @@ def _server_resources(kit: Kit, classes: Sequence[str]) -> dict[str, Any]:
             {
                 "id": "job_scheduler",
                 "path": f"{common}.job_schedulers.job_scheduler.DefaultJobScheduler",
-                "args": {"max_jobs": 4, "min_schedule_interval": 0.5, "max_schedule_interval": 5.0},
+                "args": {
+                    # A site's gate serves one run: the next one waits for its turn.
+                    "max_jobs": 1,
+                    "min_schedule_interval": 0.5,
+                    "max_schedule_interval": 5.0,
+                    # By default a job that finds too few sites ten times, in 40 s, is dropped.
+                    "max_schedule_count": 1 << 30,
+                },
             },
             {
                 "id": "job_manager",
@@ -166,7 +173,13 @@ def _authorization(server: bool) -> dict[str, Any]:
     if server:
         administrator |= {"manage_job": "any", "download_job": "any", "view": "any"}
         administrator |= {"operate": "any", "app_command": "any"}
-        steward |= {"manage_job": "any", "view": "any", "operate": "any", "app_command": "any"}
+        steward |= {
+            "clone_job": "any",
+            "manage_job": "any",
+            "view": "any",
+            "operate": "any",
+            "app_command": "any",
+        }
     return {
         "format_version": "1.0",
         "permissions": {

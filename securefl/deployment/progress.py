@@ -13,6 +13,7 @@ import msgspec
 from securefl import store
 from securefl.config import ConfigurationError
 from securefl.records import SUMMARY
+from securefl.store import CorruptStoreError
 
 RUNS: Final = "runs"
 PROGRESS: Final = "progress.json"
@@ -63,8 +64,14 @@ STOP: Final = "securefl.stop"
 
 
 def read_progress(folder: Path) -> RunProgress | None:
-    """How far the run in `folder` is; None where none was begun."""
-    return store.read(folder / PROGRESS, RunProgress)
+    """How far the run in `folder` is; None where none was begun.
+
+    A file that is damaged says no more than that somebody must go on: nothing depends on the rest.
+    """
+    try:
+        return store.read(folder / PROGRESS, RunProgress)
+    except CorruptStoreError as error:
+        return RunProgress(version=1, state="interrupted", rounds=0, least=1, reason=str(error))
 
 
 def write_progress(folder: Path, progress: RunProgress) -> None:

@@ -39,6 +39,12 @@ ALIVE: Final = 12.0
 SETTLE: Final = 3.0
 """Seconds that the set of connected sites must not have changed before a run goes on."""
 
+IDLE: Final = 5.0
+"""How many times as seldom the server is asked while no run is under way."""
+
+START: Final = 60.0
+"""Seconds that FLARE may take to start a job's process once the sites have the job."""
+
 
 @final
 class Session:
@@ -94,6 +100,11 @@ class Session:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def clone(self, job: str) -> str:
+        """The same job once more. Its id."""
+        with _quiet():
+            return str(self._session.clone_job(job))
+
     def status(self, job: str) -> str:
         """What FLARE says of a job, such as RUNNING or FINISHED:COMPLETED."""
         with _quiet():
@@ -139,6 +150,11 @@ class Session:
         """What a running job answers to a command of ours."""
         with _quiet():
             return dict(self._session.do_app_command(job, topic, data))
+
+
+def _age(job: dict[str, Any]) -> str:
+    """What FLARE's jobs are sorted by, oldest first."""
+    return str(job.get("submit_time", ""))
 
 
 @contextlib.contextmanager
@@ -193,6 +209,8 @@ class Steward:
         self._seen: tuple[str, ...] = ()
         self._since = 0.0
         self._asked: set[str] = set()
+        self._gone: dict[str, float] = {}
+        """Since when jobs that should run have no process."""
 
     def beat(self) -> None:
         """Submit interrupted runs again, and make room for late sites; not more often than due."""
@@ -200,15 +218,12 @@ class Steward:
         if now < self._due:
             return
         self._due = now + self._every
-        unfinished = {
-            name: progress
-            for name, progress in every_run(self._kit.folder).items()
-            if not progress.over
-        }
+        known = every_run(self._kit.folder)
+        unfinished = {name: progress for name, progress in known.items() if not progress.over}
         if not unfinished:
-            return
+            self._due = now + IDLE * self._every
         try:
-            self._look_after(unfinished, now)
+            self._look_after(unfinished, set(known), now)
         except Exception as error:  # FLARE's server may be down, or FLARE's client in any state
             self.close()
             self._due = now + 5 * self._every
@@ -221,21 +236,28 @@ class Steward:
             self._session.close()
             self._session = None
 
-    def _look_after(self, unfinished: dict[str, RunProgress], now: float) -> None:
+    def _look_after(self, unfinished: dict[str, RunProgress], known: set[str], now: float) -> None:
         if self._session is None:
             self._session = Session(Kit.load(self._kit.folder / "steward"))
         connected = self._session.connected(ALIVE)
         if connected != self._seen:
             self._seen, self._since = connected, now
+        jobs = self._session.jobs()
         alive = {
-            str(job.get("job_id"))
-            for job in self._session.jobs()
+            str(job["job_id"]): str(job.get("status"))
+            for job in jobs
             if str(job.get("status")) in ("RUNNING", "SUBMITTED", "DISPATCHED", "APPROVED")
         }
+        newest = {str(job.get("job_name")): str(job["job_id"]) for job in sorted(jobs, key=_age)}
+        for name, job in newest.items():
+            # The server was killed before the run said anything.
+            if name not in known and job in alive and not self._lives(job, alive[job], now):
+                self._session.clone(job)
+                self._tell(f"{name}: begins once more")
         settled = now - self._since >= SETTLE
         for name, progress in unfinished.items():
             job = self._submitted.get(name, progress.job)
-            if job in alive and self._lives(job, progress):
+            if job in alive and self._lives(job, alive[job], now):
                 # Only another job can count these in.
                 out = (set(progress.names) - set(progress.deployed)) | set(progress.silent)
                 late = out & set(connected)
@@ -247,10 +269,15 @@ class Steward:
             elif settled:
                 self._go_on(name, progress, connected)
 
-    def _lives(self, job: str, progress: RunProgress) -> bool:
-        """Whether a job that FLARE calls running does: a killed server leaves them so for ever."""
-        running = {part for process in nodes.processes(self._kit) for part in process.cmdline()}
-        return job in running or progress.job != job
+    def _lives(self, job: str, status: str, now: float) -> bool:
+        """Whether a job does what FLARE says of it: a killed server leaves it so for ever."""
+        if status not in ("RUNNING", "DISPATCHED"):
+            return True
+        if any(job in process.cmdline() for process in nodes.processes(self._kit)):
+            self._gone.pop(job, None)
+            return True
+        # Before it runs, it is given to the sites one after the other.
+        return now - self._gone.setdefault(job, now) < (SETTLE if status == "RUNNING" else START)
 
     def _go_on(self, name: str, progress: RunProgress, connected: tuple[str, ...]) -> None:
         present = set(connected) & set(progress.names)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from securefl.deployment.service import serve
 
-FOLDER = Path(sys.argv[1])
-
 
 class Echo:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
     def answer(self, data: bytes) -> bytes:
-        with (FOLDER / "asked").open("ab") as asked:
+        with (self.folder / "asked").open("ab") as asked:
             asked.write(data + b"\n")
         if data == b"fail":
             raise OSError("no space left on device")
@@ -23,4 +24,5 @@ class Echo:
         return b"reply to " + data
 
 
-serve(FOLDER, Echo())
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Echo(Path(sys.argv[1])))

@@ -88,13 +88,11 @@ def test_a_job_without_an_experiment_goes_on_with_a_run_and_begins_none(kit: Pat
     assert progress.jobs == 2
 
 
-def test_another_experiment_under_a_runs_name_is_refused_and_the_run_is_as_it_was(
-    kit: Path,
-) -> None:
+def test_a_second_run_of_the_same_name_is_refused_and_the_first_is_as_it_was(kit: Path) -> None:
     conduct(kit, "one", EXPERIMENT, Nobody(()))
     before = read_progress(kit / "runs" / "one")
     other = EXPERIMENT.replace("[sites]", "[training]\nlocal_steps = 7\n[sites]")
-    with pytest.raises(ConfigurationError, match="another run one"):
+    with pytest.raises(ConfigurationError, match="a run one already"):
         conduct(kit, "one", other, Nobody())
     assert read_progress(kit / "runs" / "one") == before
 
