@@ -192,7 +192,7 @@ def _reasons(run: RunProgress) -> list[str]:
 def status(kit_folder: KitFolder, output: OutputFormat = Format.text) -> None:
     """What runs, who is connected, and how far each run is.
 
-    Exit status 1 where a server or a site is not running.
+    Exit status 1 where a server does not listen, or a site's service does not answer.
     """
     from securefl.deployment import nodes
     from securefl.deployment.kits import Kit
@@ -201,21 +201,22 @@ def status(kit_folder: KitFolder, output: OutputFormat = Format.text) -> None:
     kit = Kit.load(kit_folder.absolute())
     told: dict[str, object] = {"kit": kit.name, "role": str(kit.role)}
     runs: Mapping[str, RunProgress] = {}
-    running = None
+    well = True
     if kit.role == "administrator":
         told["connected"], runs, told["over"] = _asked(kit)
     else:
-        running = nodes.supervisor(kit) is not None
-        told["running"] = running
+        told["running"] = nodes.supervisor(kit) is not None
         if kit.role == "server":
             runs = every_run(kit.folder)
+            told["listens"] = nodes.listens(kit)
         else:
             told |= _site_told(kit)
+        well = bool(told["running"] and told.get("listens", told.get("service")))
     if output is Format.json:
         print_json(told | {"runs": runs})
     else:
         _show_status(kit, told, runs)
-    if running is False:
+    if not well:
         raise typer.Exit(1)
 
 
@@ -251,6 +252,9 @@ def _show_status(kit: Kit, told: Mapping[str, object], runs: Mapping[str, RunPro
     if "running" in told:
         going = "running" if told["running"] else "not running"
         line(f"{kit.name} of {kit.consortium}: {going}")
+    if "listens" in told and told["running"]:
+        heard = "listens" if told["listens"] else "nothing listens: securefl logs KIT says why"
+        line(f"at {kit.bind}: {heard}")
     if "service" in told and told["running"]:
         line(f"service: {'answers' if told['service'] else 'does not answer: securefl logs KIT'}")
     if "server" in told:

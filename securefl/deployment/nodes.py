@@ -382,17 +382,36 @@ def processes(kit: Kit) -> Iterator[Any]:
 
 
 def reaches_server(kit: Kit) -> bool:
-    """Whether a TCP connection of the kit's processes to the server, or to a proxy, stands."""
+    """Whether a TCP connection of a site's processes to the server, or to a proxy, stands."""
     import psutil
 
     proxied = any(os.environ.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy"))
+    return any(
+        connection.status == psutil.CONN_ESTABLISHED
+        and connection.raddr
+        and (proxied or connection.raddr.port == kit.port)
+        for connection in _connections(kit)
+    )
+
+
+def listens(kit: Kit) -> bool:
+    """Whether a server's process listens at its port."""
+    import psutil
+
+    port = kit.bind.rpartition(":")[2]
+    return any(
+        connection.status == psutil.CONN_LISTEN and str(connection.laddr.port) == port
+        for connection in _connections(kit)
+    )
+
+
+def _connections(kit: Kit) -> Iterator[Any]:
+    """Every TCP socket of the kit's processes."""
+    import psutil
+
     for process in processes(kit):
         with contextlib.suppress(psutil.Error):
-            for connection in process.net_connections("tcp"):
-                there = connection.status == psutil.CONN_ESTABLISHED and connection.raddr
-                if there and (proxied or connection.raddr.port == kit.port):
-                    return True
-    return False
+            yield from process.net_connections("tcp")
 
 
 def end_all(kit: Kit, patience: float = 3.0) -> None:

@@ -177,7 +177,14 @@ def test_help_loads_neither_flare_nor_torch_nor_certificates() -> None:
 
 def test_doctor_finds_a_good_kit_good(command: Any, tmp_path: Path) -> None:
     (tmp_path / "records.csv").write_text("age\n40\n")
+    (tmp_path / "schema.toml").write_text(
+        'version = 1\nname = "ages"\nlabel = "age"\n'
+        '[columns.age]\ntype = "number"\nrange = [0, 110]\n'
+    )
     assert command("site", "init", "trial/kits/a", *SITE).exit_code == 0
+    assert _found(tmp_path / "trial/kits/a")["schema"].verdict is Verdict.fault
+    path = tmp_path / "trial/kits/a/site.toml"
+    path.write_text(path.read_text().replace('# schema = "', 'schema = "../../../'))
     with _answering(Kit.load(tmp_path / "trial/kits/server")):
         result = command("doctor", "trial/kits/a", "--data", "records.csv", "--format", "json")
         server = _found(tmp_path / "trial/kits/server")
