@@ -250,8 +250,9 @@ class Steward:
         }
         newest = {str(job.get("job_name")): str(job["job_id"]) for job in sorted(jobs, key=_age)}
         for name, job in newest.items():
-            # The server was killed before the run said anything.
-            if name not in known and job in alive and not self._lives(job, alive[job], now):
+            # The server was killed before the run said anything. One that was refused says nothing
+            # either, and FLARE is given the time to see that it ended.
+            if name not in known and job in alive and not self._lives(job, alive[job], now, START):
                 self._session.clone(job)
                 self._tell(f"{name}: begins once more")
         settled = now - self._since >= SETTLE
@@ -269,7 +270,7 @@ class Steward:
             elif settled:
                 self._go_on(name, progress, connected)
 
-    def _lives(self, job: str, status: str, now: float) -> bool:
+    def _lives(self, job: str, status: str, now: float, patience: float = SETTLE) -> bool:
         """Whether a job does what FLARE says of it: a killed server leaves it so for ever."""
         if status not in ("RUNNING", "DISPATCHED"):
             return True
@@ -277,10 +278,12 @@ class Steward:
             self._gone.pop(job, None)
             return True
         # Before it runs, it is given to the sites one after the other.
-        return now - self._gone.setdefault(job, now) < (SETTLE if status == "RUNNING" else START)
+        patience = patience if status == "RUNNING" else START
+        return now - self._gone.setdefault(job, now) < patience
 
     def _go_on(self, name: str, progress: RunProgress, connected: tuple[str, ...]) -> None:
-        present = set(connected) & set(progress.names)
+        # Where nothing is known of a run, its next job says what it needs.
+        present = set(connected) & set(progress.names or connected)
         folder = self._kit.folder / RUNS / name
         if len(present) < progress.least:
             if progress.state != "waiting":

@@ -50,6 +50,7 @@ def test_a_run_whose_progress_is_damaged_goes_on_when_the_server_is_started_agai
     running.check_correct(name)
 
 
+@pytest.mark.slow
 def test_a_server_killed_before_a_run_said_anything_begins_it(running) -> None:
     name = running.submit("early")
     running.wait(lambda: running.of("server", "runner_process"), "the job's process", 60)
