@@ -85,7 +85,8 @@ sent.
 2. The sites reach it as **{host}**, TCP port **{port}**; it listens at {bind}. Open that one port
    in the firewall. Nothing else comes in, and it opens no connection to any site.
 3. `securefl doctor FOLDER` says whether all is well, and what to do if not.
-4. `securefl server start FOLDER`.
+4. `securefl server start FOLDER`; `securefl status FOLDER` says how things are.
+5. What a run leaves is in `runs/NAME`: `securefl show FOLDER/runs/NAME`.
 
 `steward/` is a second identity, with which the server goes on with runs that were interrupted. It
 stays where it is.
@@ -102,10 +103,16 @@ otherwise, masked and encrypted: only the sum over all sites can be opened.
 1. Put this folder on your machine, and install there: `pip install 'securefl[flare]'`.
 2. Your machine opens connections to **{host}**, TCP port **{port}**, and to nothing else. Nobody
    connects to it: no port is opened in your firewall.
-3. `securefl site init FOLDER ...` writes `site.toml`: what your records may be used for. Read it,
-   and change what it permits.
+3. `securefl site init FOLDER ...` writes `site.toml`: what your records may be used for. Name the
+   records by `--data FILE`, and by `--schema FILE` the schema that the sites agreed on. Read
+   `site.toml`, and change what it permits.
 4. `securefl doctor FOLDER` says whether all is well, and what to do if not.
-5. `securefl site start FOLDER --data FILE`.
+5. `securefl site start FOLDER`; again after every change of `site.toml`.
+6. By default a person here agrees to every run: `securefl site proposals FOLDER` shows what was
+   asked, `securefl site agree --site FOLDER --proposal ID --by NAME` agrees to it; tell who asked.
+7. `securefl status FOLDER` says how things are, `securefl site log FOLDER` what was asked and sent.
+
+Copy `ledger.sqlite` and `audit.jsonl` too: without them what your records have spent is forgotten.
 """
     + _COMMON
 )
@@ -119,7 +126,8 @@ With this kit runs are started and stopped. Every site decides for itself whethe
    `pip install 'securefl[flare]'`.
 2. It opens connections to **{host}**, TCP port **{port}**.
 3. `securefl doctor FOLDER` says whether all is well, and what to do if not.
-4. `securefl submit EXPERIMENT.toml --kit FOLDER`.
+4. `securefl submit EXPERIMENT.toml --kit FOLDER --follow`; `securefl status FOLDER` later. Where a
+   site's people have to agree first, tell them, and submit again when they did.
 """
     + _COMMON
 )
