@@ -349,18 +349,30 @@ def stop(
 
 
 def _stop_run(kit: Kit, run: str) -> None:
-    from securefl.deployment.progress import STOP
+    from securefl.deployment.progress import RUNS, STOP, check_name, read_progress
+    from securefl.deployment.progress import stop as stop_run
     from securefl.deployment.steward import Session
 
+    if kit.role == "server":
+        folder = kit.folder / RUNS / check_name(run)
+        progress = read_progress(folder)
+        if progress is None or progress.over:
+            raise ConfigurationError(f"no run {run!r} goes on: `securefl status` lists them")
+        stop_run(folder)
+        say(f"{run} ends after its round")
+        return
     if kit.role != "administrator":
-        raise ConfigurationError("a run is stopped with the administrator's kit")
+        raise ConfigurationError("a run is stopped with the administrator's kit, or the server's")
     with Session(kit) as session:
         for job in session.jobs():
             if job.get("job_name") == run and str(job.get("status")) == "RUNNING":
                 session.command(str(job["job_id"]), STOP, {})
                 say(f"{run} ends after its round")
                 return
-    raise ConfigurationError(f"no job of a run {run!r} is running: `securefl status` lists them")
+    raise ConfigurationError(
+        f"no job of a run {run!r} is running: `securefl status` lists those that are; one that "
+        "waits is stopped with the server's kit"
+    )
 
 
 def _ready(folder: Path, role: str) -> Kit:

@@ -18,7 +18,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from securefl.deployment.executor import HOLD, TOPIC
-from securefl.deployment.progress import AGAIN, RUNS, STATUS, STOP, read_progress
+from securefl.deployment.progress import AGAIN, RUNS, STATUS, STOP, is_stopped, read_progress, stop
 
 if TYPE_CHECKING:
     from securefl.deployment.conduct import Waits
@@ -47,7 +47,6 @@ class RoundController(Controller):  # type: ignore[misc]
         self._experiment = experiment
         self._ended = Signal()
         self._give_way = threading.Event()
-        self._stop = threading.Event()
         self._told_last = threading.Event()
         self._heard = float("-inf")
         self._away: set[str] = set()
@@ -123,14 +122,14 @@ class RoundController(Controller):  # type: ignore[misc]
     @property
     def stops(self) -> bool:
         """Whether the run is to end after this round, for good."""
-        return self._stop.is_set()
+        return is_stopped(self._kit / RUNS / self._run)
 
     def _on_again(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
         self._give_way.set()
         return {"status": "ok"}
 
     def _on_stop(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
-        self._stop.set()
+        stop(self._kit / RUNS / self._run)
         return {"status": "ok"}
 
     def _on_status(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:

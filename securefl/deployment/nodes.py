@@ -362,12 +362,14 @@ def _rotate(path: Path, most: int = 20 << 20) -> None:
 
 def supervisor(kit: Kit) -> int | None:
     """The process that keeps the kit's others running, where there is one."""
+    import psutil
+
     try:
         pid = int((kit.folder / "supervisor" / "pid").read_text())
-        os.kill(pid, 0)
-    except (OSError, ValueError):
+        command = psutil.Process(pid).cmdline()
+    except (OSError, ValueError, psutil.Error):
         return None
-    return pid
+    return pid if "start" in command else None  # another process may have got the number since
 
 
 def processes(kit: Kit) -> Iterator[Any]:
@@ -412,6 +414,15 @@ def _connections(kit: Kit) -> Iterator[Any]:
     for process in processes(kit):
         with contextlib.suppress(psutil.Error):
             yield from process.net_connections("tcp")
+
+
+def commands(kit: Kit) -> Iterator[list[str]]:
+    """The command line of every process that was started for the kit."""
+    import psutil
+
+    for process in processes(kit):
+        with contextlib.suppress(psutil.Error):
+            yield process.cmdline()
 
 
 def end_all(kit: Kit, patience: float = 3.0) -> None:

@@ -17,6 +17,7 @@ from securefl.store import CorruptStoreError
 
 RUNS: Final = "runs"
 PROGRESS: Final = "progress.json"
+_STOPPED: Final = "stop"
 AGAIN: Final = "securefl.again"
 """The command that ends a job after its round, so that the next one counts late sites in."""
 
@@ -72,6 +73,16 @@ def read_progress(folder: Path) -> RunProgress | None:
         return store.read(folder / PROGRESS, RunProgress)
     except CorruptStoreError as error:
         return RunProgress(version=1, state="interrupted", rounds=0, least=1, reason=str(error))
+
+
+def stop(folder: Path) -> None:
+    """Have the run in `folder` end after its round, for good, whoever conducts it then."""
+    store.write(folder / _STOPPED, b"")
+
+
+def is_stopped(folder: Path) -> bool:
+    """Whether the run in `folder` is to end."""
+    return (folder / _STOPPED).exists()
 
 
 def write_progress(folder: Path, progress: RunProgress) -> None:

@@ -27,6 +27,7 @@ from securefl.deployment.progress import (
     RunProgress,
     check_name,
     every_run,
+    is_stopped,
     write_progress,
 )
 
@@ -239,6 +240,7 @@ class Steward:
     def _look_after(self, unfinished: dict[str, RunProgress], known: set[str], now: float) -> None:
         if self._session is None:
             self._session = Session(Kit.load(self._kit.folder / "steward"))
+            (self._kit.flare / "jobs").mkdir(exist_ok=True)  # FLARE makes it at its start only
         connected = self._session.connected(ALIVE)
         if connected != self._seen:
             self._seen, self._since = connected, now
@@ -274,7 +276,7 @@ class Steward:
         """Whether a job does what FLARE says of it: a killed server leaves it so for ever."""
         if status not in ("RUNNING", "DISPATCHED"):
             return True
-        if any(job in process.cmdline() for process in nodes.processes(self._kit)):
+        if any(job in command for command in nodes.commands(self._kit)):
             self._gone.pop(job, None)
             return True
         # Before it runs, it is given to the sites one after the other.
@@ -282,9 +284,15 @@ class Steward:
         return now - self._gone.setdefault(job, now) < patience
 
     def _go_on(self, name: str, progress: RunProgress, connected: tuple[str, ...]) -> None:
+        folder = self._kit.folder / RUNS / name
+        if is_stopped(folder):
+            reason = "stopped by a person"
+            write_progress(
+                folder, msgspec.structs.replace(progress, state="stopped", reason=reason)
+            )
+            return
         # Where nothing is known of a run, its next job says what it needs.
         present = set(connected) & set(progress.names or connected)
-        folder = self._kit.folder / RUNS / name
         if len(present) < progress.least:
             if progress.state != "waiting":
                 asked = f"{len(progress.names)} sites are connected, {progress.least} are needed"
