@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from securefl import store
+from securefl import deployment_cli, store
 from securefl.config import ConfigurationError
 from securefl.deployment.authority import Consortium
 from securefl.deployment.conduct import Waits, conduct
+from securefl.deployment.kits import Kit
 from securefl.deployment.progress import check_name, every_run, read_progress
+from securefl.deployment.steward import Steward
 
 SITES = ("a", "b", "c")
 EXPERIMENT = """
@@ -106,6 +108,22 @@ def test_a_second_job_of_a_run_leaves_the_first_alone(kit: Path) -> None:
     ):
         conduct(kit, "one", "", Nobody())
     assert read_progress(kit / "runs" / "one") == before
+
+
+def test_a_run_that_waits_is_stopped_with_the_servers_kit_and_no_job_begins_again(
+    kit: Path,
+) -> None:
+    conduct(kit, "one", EXPERIMENT, Nobody(()))
+    deployment_cli.stop(kit, "one")
+    progress = read_progress(kit / "runs" / "one")
+    assert progress is not None
+    assert progress.state == "waiting"  # the steward sees it next
+    Steward(Kit.load(kit), print)._go_on("one", progress, SITES)
+    assert every_run(kit)["one"].state == "stopped"
+    with pytest.raises(ConfigurationError, match="no run 'one' goes on"):
+        deployment_cli.stop(kit, "one")
+    with pytest.raises(ConfigurationError, match="no run 'two' goes on"):
+        deployment_cli.stop(kit, "two")
 
 
 def test_a_site_outside_the_roster_is_refused_by_name(kit: Path) -> None:
