@@ -23,7 +23,7 @@ from securefl.engines.worker import Failed, Start, starts
 from securefl.messages import Request
 from securefl.privacy.ledger import Ledger
 from securefl.records import read_history
-from securefl.site import LEDGER, make_key
+from securefl.site_folder import LEDGER, make_key
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs securefl[ray]")
 
