@@ -23,6 +23,7 @@ def test_two_runs_at_once_are_run_one_after_the_other(running) -> None:
         running.check_correct(name)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_is_refused_and_its_run_goes_on(running) -> None:
     running.hold("north", "before-upload")
     name = running.submit("taken")
@@ -37,6 +38,7 @@ def test_a_name_that_is_taken_is_refused_and_its_run_goes_on(running) -> None:
     running.check_correct(name)
 
 
+@pytest.mark.slow
 def test_a_run_whose_progress_is_damaged_goes_on_when_the_server_is_started_again(running) -> None:
     running.hold("north", "before-upload")
     name = running.submit("damaged")
