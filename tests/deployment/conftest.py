@@ -197,9 +197,11 @@ class Deployment:
         seen_at: int | None = None,
         *,
         apart: bool = False,
+        hospitals: bool = False,
     ) -> None:
         """seen_at: the port at which sites reach the server, where it is not the server's own.
-        apart: every node in a network of its own, where the machine allows it.
+        apart: every node in a network of its own, where the machine allows it. hospitals: with the
+        heart-disease hospitals' files, where they are at hand.
         """
         self.folder, self.sites = folder, sites
         self.port = free_port()
@@ -212,17 +214,29 @@ class Deployment:
             days=days,
         )
         self.server = self.kit("server")
-        self._rows()
+        (self._hospitals if hospitals and SHARED.exists() else self._rows)()
         for site in sites:
             text = SITE.format(
                 name=site, path=folder / f"{site}.csv", schema=folder / "schema.toml"
             )
             (self.kit(site) / "site.toml").write_text(text)
-        (folder / "experiment.toml").write_text(EXPERIMENT)
+        text = EXPERIMENT
+        if hospitals and SHARED.exists():
+            text = text.replace("[sites]", 'drop = ["slope", "ca", "thal"]\n\n[sites]')
+        (folder / "experiment.toml").write_text(text)
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._session: Session | None = None
         self.options: dict[str, tuple[str, ...]] = {}
         """Of `site start`, by site."""
+
+    def _hospitals(self) -> None:
+        """Three hospitals' files as they are, and the schema that is among the examples."""
+        hospitals = ("cleveland", "hungarian", "va")
+        for site, hospital in zip(self.sites, hospitals, strict=True):
+            shutil.copy(SHARED / f"processed.{hospital}.data", self.folder / f"{site}.csv")
+        shutil.copy(
+            REPOSITORY / "examples" / "heart-disease.schema.toml", self.folder / "schema.toml"
+        )
 
     def _rows(self) -> None:
         """Each site's file, and their schema: the bundled patients, dealt out."""
@@ -475,7 +489,7 @@ class Deployment:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    made = Deployment(tmp_path_factory.mktemp("started"), apart=True)
+    made = Deployment(tmp_path_factory.mktemp("started"), apart=True, hospitals=True)
     try:
         made.start_all()
         yield made
