@@ -196,6 +196,11 @@ class Kit:
                 "keeper made (`securefl consortium new`), or enrol with `securefl site enroll`"
             )
         about = _decoded(_bytes(folder / KIT), Description, str(folder / KIT))
+        return cls.of(folder, about)
+
+    @classmethod
+    def of(cls, folder: Path, about: Description) -> Kit:
+        """The kit in `folder` that is described so."""
         return cls(
             folder,
             about.role,
@@ -310,16 +315,7 @@ def install(newer: Path, folder: Path) -> Kit:
     about = papers.about
     if (folder / KIT).exists():
         _check_newer(papers, Papers.read(folder), folder)
-    kit = Kit(
-        folder,
-        about.role,
-        about.name,
-        about.consortium,
-        about.host,
-        about.port,
-        about.bind,
-        about.made,
-    )
+    kit = Kit.of(folder, about)
     check_keys(kit, papers)
     if about.role is Role.server:
         install(newer / STEWARD, folder / STEWARD)

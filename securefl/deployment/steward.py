@@ -1,4 +1,4 @@
-"""Keeps a consortium's runs going: at its server, with rights to submit jobs and nothing more.
+"""Keeps a consortium's runs going: at its server, with rights over jobs there.
 
 FLARE's jobs end with the process that ran them, and a site that came late is in the next job only.
 So an interrupted run gets a new job, which goes on from its last checkpoint.
@@ -136,16 +136,6 @@ class Session:
         """Ask a running job to end after its round."""
         with _quiet():
             self._session.do_app_command(job, AGAIN, {})
-
-    def abort(self, job: str) -> None:
-        """End a job at once."""
-        with _quiet():
-            self._session.abort_job(job)
-
-    def disable(self, site: str) -> None:
-        """Shut a revoked site out."""
-        with _quiet():
-            self._session.disable_client(site)
 
     def command(self, job: str, topic: str, data: dict[str, Any]) -> dict[str, Any]:
         """What a running job answers to a command of ours."""
