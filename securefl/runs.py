@@ -53,7 +53,7 @@ from securefl.replicas import Replica, Standing
 from securefl.server import BudgetsSpentError, Round, Server, Summed
 from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import ServerStore, SiteStore
-from securefl.transcript import recorded
+from securefl.transcript import TRANSCRIPT, recorded
 
 MEAN_ACCURACY = "test_accuracy_mean_of_sites"
 
@@ -504,19 +504,19 @@ class _Job:
         names = tuple(self.consortium.sites)
         consent = frozenset(self.experiment.transcript.consent)
 
-        def wrapped(exchange: Exchange) -> Exchange:
+        def wrapped(exchange: Exchange, roster: Roster) -> Exchange:
             if consent:
-                exchange = recorded(exchange, folder / "transcript", consent)
+                exchange = recorded(exchange, folder / TRANSCRIPT, consent, roster)
             return self.wrap(exchange) if self.wrap else exchange
 
         if self.remote is not None:
-            yield self.remote.roster, wrapped(self.remote.exchange)
+            yield self.remote.roster, wrapped(self.remote.exchange, self.remote.roster)
             return
         engine = self.experiment.engine
         if engine.pooled:
             parts = (self.experiment, names, session, folder / "sites", self.sites)
             with ray.Actors(*parts) if engine.kind == "ray" else Workers(*parts) as pool:
-                yield pool.roster, wrapped(pool.exchange)
+                yield pool.roster, wrapped(pool.exchange, pool.roster)
             return
         if self.sites is not None:
             gates = {
@@ -525,7 +525,8 @@ class _Job:
             }
             roster = Roster({name: gate.public_key for name, gate in gates.items()})
             try:
-                yield roster, wrapped(lambda _, messages: inprocess.exchange(gates, messages))
+                asked = wrapped(lambda _, messages: inprocess.exchange(gates, messages), roster)
+                yield roster, asked
             finally:
                 for gate in gates.values():
                     gate.close()
@@ -544,7 +545,8 @@ class _Job:
         }
         roster = identities[names[0]].roster
         try:
-            yield roster, wrapped(lambda phase, messages: inprocess.exchange(answering, messages))
+            asked = wrapped(lambda _, messages: inprocess.exchange(answering, messages), roster)
+            yield roster, asked
         finally:
             for client in honest.values():
                 client.close()

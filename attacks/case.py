@@ -1,0 +1,173 @@
+"""One recorded run, and everything that whoever audits it holds: the truth included.
+
+In a simulation that is every site's records. In a deployment each site audits with its own
+evidence: its records, and what it recorded of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import final
+
+import msgspec
+import numpy as np
+from safetensors.numpy import load_file
+
+from attacks.attack import Profile, UnavailableError
+from attacks.view import (
+    Array,
+    NetworkView,
+    Passed,
+    Public,
+    ReleasedModelView,
+    ServerView,
+)
+from securefl import agreement, models, simulation
+from securefl.config import ConfigurationError, Experiment, load_site
+from securefl.data import Records, Table, held_out
+from securefl.preprocessing import Fitted
+from securefl.records import PREPROCESSING, SITES, History, Summary, read_history
+from securefl.site_folder import SITE
+from securefl.transcript import TRANSCRIPT, Crossing, crossings, rosters
+
+
+@final
+@dataclass(frozen=True)
+class Case:
+    """A run in `folder`, as one who audits it has it.
+
+    own: the folder of the site that audits a deployment (its site.toml, key and records); None in a
+    simulation.
+    """
+
+    folder: Path
+    history: History
+    summary: Summary
+    profile: Profile = Profile.quick
+    own: Path | None = None
+
+    @classmethod
+    def open(cls, folder: Path, profile: Profile = Profile.quick, own: Path | None = None) -> Case:
+        """The finished run in `folder`; ConfigurationError where it is none."""
+        history = read_history(folder)
+        if history.summary is None:
+            raise ConfigurationError(
+                f"{folder} is unfinished: finish it with `securefl run --resume {folder}`"
+            )
+        return cls(folder, history, history.summary, profile, own)
+
+    @property
+    def experiment(self) -> Experiment:
+        """What was run."""
+        return self.history.experiment
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Everybody who took part."""
+        return self.summary.sites
+
+    # --- views ---
+
+    @cached_property
+    def public(self) -> Public:
+        """What everybody knows."""
+        data = self.experiment.data
+        if data.path is not None:  # where the records lie is nobody's business
+            data = data.model_copy(update={"path": Path("withheld")})
+        told = self.experiment.model_copy(update={"data": data})
+        features = self._consortium.features
+        return Public(told.dump(), self.sites, features.shape, features.outputs, features.task)
+
+    def released(self) -> ReleasedModelView:
+        """Whoever gets the model."""
+        tensors = load_file(self.folder / "model.safetensors")
+        layout = models.layout(self.public.module())
+        flat = np.concatenate([tensors[name].reshape(-1) for name in layout.names])
+        return ReleasedModelView(self.public, Array.of(flat.astype(np.float32)))
+
+    def server(self) -> ServerView:
+        """The server, of whose messages those of consenting sites were recorded."""
+        return ServerView(self.public, self._keys, self.crossings)
+
+    def network(self) -> NetworkView:
+        """Whoever taps the wires."""
+        passed = tuple(
+            Passed(item.number, item.phase, item.site, item.direction, len(item.data))
+            for item in self.crossings
+        )
+        return NetworkView(self.public, passed)
+
+    @cached_property
+    def crossings(self) -> tuple[Crossing, ...]:
+        """What crossed the wires of the sites that consented; UnavailableError without any."""
+        found = crossings(self.folder / TRANSCRIPT)
+        if not found:
+            raise UnavailableError(
+                "no transcript was recorded: say [transcript] consent = [...] in the experiment"
+            )
+        return found
+
+    @cached_property
+    def _keys(self) -> tuple[Mapping[str, bytes], ...]:
+        return tuple(dict(roster.keys) for roster in rosters(self.folder / TRANSCRIPT))
+
+    # --- records: the truth ---
+
+    def tables(self, site: str) -> tuple[Table, Table]:
+        """The records that `site` trained on, and some that nobody did, as the model reads them.
+
+        UnavailableError where they are not at hand.
+        """
+        held = self._records.get(site)
+        if held is None:
+            raise UnavailableError(
+                f"the records of {site} are not at hand: the site itself audits with its own, "
+                "--site FOLDER"
+            )
+        if isinstance(held, Table):
+            assert self._consortium.test is not None  # noqa: S101 - tables come with one
+            return held, self._consortium.test
+        train, test = held_out(held, self.experiment)
+        preprocessor = agreement.preprocessor(self.experiment, len(self.sites))
+        assert preprocessor is not None  # noqa: S101 - frames come with a schema
+        return preprocessor.apply(self._fitted, train), preprocessor.apply(self._fitted, test)
+
+    @property
+    def auditing(self) -> tuple[str, ...]:
+        """The sites whose records are at hand."""
+        return tuple(site for site, held in self._records.items() if held is not None)
+
+    @cached_property
+    def _consortium(self) -> simulation.Consortium:
+        return simulation.assemble(self.experiment)
+
+    @cached_property
+    def _records(self) -> Mapping[str, Records | None]:
+        if self.own is not None:
+            name = load_site(self.own / SITE).name
+            if name not in self.sites:
+                raise ConfigurationError(f"{self.own} is of {name}, which took no part in this run")
+            return {name: simulation.own_records(self.own, self.experiment)}
+        told = self.folder / SITES
+        if not told.exists():
+            return self._consortium.sites
+        folders = Path(told.read_text(encoding="utf-8"))
+        return {
+            site: held or simulation.own_records(folders / site, self.experiment)
+            for site, held in self._consortium.sites.items()
+        }
+
+    @cached_property
+    def _fitted(self) -> Fitted:
+        path = self.folder / PREPROCESSING
+        told = msgspec.json.decode(path.read_bytes(), type=_Told)
+        return told.values
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """Of a run's preprocessing.json, what this reads."""
+
+    values: Fitted
