@@ -704,7 +704,8 @@ def test_a_transcript_holds_exactly_what_crossed_the_wires_of_consenting_sites(s
         for x in index
     ]
     assert told == [entry for entry in crossed if entry[2] in consent]
-    assert {p.name for p in folder.iterdir()} == {x["file"] for x in index} | {"index.jsonl"}
+    files = {x["file"] for x in index}
+    assert {p.name for p in folder.iterdir()} == files | {"index.jsonl", "rosters.jsonl"}
 
 
 def test_without_consent_nothing_is_recorded(small, tmp_path):
