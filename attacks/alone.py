@@ -1,4 +1,5 @@
-"""The process in which an adversary runs: `python -m attacks.alone`, started by `attack.guess`."""
+"""The processes of an audit: `python -m attacks.alone` is an adversary's (`attack.guess`), with the
+word "audit" after it one that assesses an attack (`audit.audit`)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ def main() -> None:
     """Answer on what was standard output, so that nothing an attack prints gets between."""
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    from attacks.attack import serve
+    from attacks import attack, audit
 
+    serve = audit.serve if sys.argv[1:] == ["audit"] else attack.serve
     serve(sys.stdin.buffer, sink)
 
 

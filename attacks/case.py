@@ -28,6 +28,7 @@ from attacks.view import (
 from securefl import agreement, models, simulation
 from securefl.config import ConfigurationError, Experiment, load_site
 from securefl.data import Records, Table, held_out
+from securefl.messages import Answer, parse_reply
 from securefl.preprocessing import Fitted
 from securefl.records import PREPROCESSING, SITES, History, Summary, read_history
 from securefl.site_folder import SITE
@@ -134,6 +135,26 @@ class Case:
         preprocessor = agreement.preprocessor(self.experiment, len(self.sites))
         assert preprocessor is not None  # noqa: S101 - frames come with a schema
         return preprocessor.apply(self._fitted, train), preprocessor.apply(self._fitted, test)
+
+    def site_folders(self) -> tuple[Path, ...]:
+        """The sites' own folders (site.toml, ledger) that are at hand."""
+        if self.own is not None:
+            return (self.own,)
+        told = self.folder / SITES
+        if not told.exists():
+            return ()
+        folders = Path(told.read_text(encoding="utf-8"))
+        return tuple(folders / site for site in self.sites if (folders / site / SITE).exists())
+
+    def ledger_heads(self) -> dict[str, str]:
+        """The newest head of its ledger that each site signed in an answer, hexadecimal."""
+        heads = {}
+        for item in self.crossings if (self.folder / TRANSCRIPT).exists() else ():
+            if item.direction == "up" and item.number > 0:
+                said = parse_reply(item.data)
+                if isinstance(said, Answer) and said.head is not None:
+                    heads[item.site] = said.head.head.hex()
+        return heads
 
     @property
     def auditing(self) -> tuple[str, ...]:

@@ -1,0 +1,494 @@
+"""The audit of a run: every attack that its records allow, each beside its two controls.
+
+Every attack is tried in three worlds: the run as it was recorded; one without any defence, where it
+must succeed; and one with nothing to find, where it must not. Where a control goes the wrong way
+the attack shows nothing, and its row says so. Claims are tested together at one level: a claim is
+contradicted where p is below that level over the number of claims tested (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final, Literal, final
+
+import msgspec
+
+from attacks import attack as attacks
+from attacks.attack import (
+    Attack,
+    AttackFailedError,
+    AttackResult,
+    Curve,
+    Profile,
+    Score,
+    UnavailableError,
+    receive,
+    send,
+)
+from attacks.case import Case
+from attacks.view import (
+    ActiveServer,
+    AnyView,
+    ColludingView,
+    NetworkView,
+    OpenedView,
+    ReleasedModelView,
+    ServerView,
+)
+from securefl import store
+from securefl.config import ConfigurationError, load_site
+from securefl.records import EXPERIMENT
+from securefl.site_folder import SITE
+from securefl.transcript import TRANSCRIPT
+
+AUDIT: Final = "audit.json"
+LEVEL: Final = 0.01
+"""How often all claims of a run that keeps them are contradicted by chance."""
+
+Verdict = Literal[
+    "contradicted",
+    "broken",
+    "within the claim",
+    "this attack fails",
+    "proved",
+    "not assessed",
+    "no conclusion",
+]
+"""contradicted: a claim does not hold. broken: the attack succeeds, and no claim says it would not.
+within the claim: it succeeds by less than what is claimed. proved: an argument excludes it, and it
+found nothing. no conclusion: a control went the wrong way, or the attack stopped."""
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one attack showed on one run. Everything that a report says of it is in here."""
+
+    attack: str
+    title: str
+    source: str
+    claim: str
+    made: bool
+    """Whether the claim is made of this run."""
+    assumption: str
+    argument: str | None
+    adversary: str = ""
+    verdict: Verdict
+    reason: str = ""
+    """Why there is no verdict."""
+    results: tuple[AttackResult, ...] = ()
+    p: float | None = None
+    """Of evidence at least as strong, if the claim is true."""
+    level: float | None = None
+    """Below which p contradicts the claim."""
+    limit: str = ""
+    notes: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    undefended: Control | None = None
+    no_signal: Control | None = None
+    seconds: float = 0.0
+
+
+class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the attack showed in a world with a known answer."""
+
+    results: tuple[AttackResult, ...]
+    succeeded: bool
+    curves: tuple[Curve, ...] = ()
+
+
+class Hashes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """SHA-256, hexadecimal, of what the audit stands on.
+
+    policies: of each site's site.toml, by site, where it is at hand. ledgers: the head of each
+    site's ledger, as the site itself signed it last. code: of every source file of the three
+    packages. evidence: of every file of the run that was read, with its name.
+    """
+
+    experiment: str
+    policies: dict[str, str]
+    ledgers: dict[str, str]
+    code: str
+    evidence: str
+
+
+class Audit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `securefl audit` found: audit.json."""
+
+    version: Literal[1] = 1
+    run: str
+    protocol: str
+    sites: tuple[str, ...]
+    auditing: tuple[str, ...]
+    """The sites whose records were at hand."""
+    epsilon: dict[str, float]
+    delta: float | None
+    private: bool
+    made: str
+    """When, UTC."""
+    software: str
+    profile: Profile
+    seed: int
+    level: float
+    tests: int
+    """How many claims were tested."""
+    hashes: Hashes
+    rows: tuple[Row, ...]
+    alarms: tuple[str, ...]
+    """The attacks that contradict a claim."""
+    seconds: float
+
+    def to_bytes(self) -> bytes:
+        """audit.json."""
+        return msgspec.json.format(msgspec.json.encode(self)) + b"\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> Audit:
+        """The audit in the run directory `folder`; ConfigurationError where there is none."""
+        path = folder / AUDIT
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot read {path} ({error.strerror}): `securefl audit {folder}` makes it"
+            ) from None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ConfigurationError(
+                f"{path} is damaged: {error}: `securefl audit {folder}` makes it anew"
+            ) from None
+
+
+Told = Callable[[str, float, str], None]
+"""told(attack, fraction, state): what is told while an audit goes on."""
+
+
+def assess(
+    attack: Attack[Any, Any],
+    case: Case,
+    seed: int,
+    progress: attacks.Progress = lambda _: None,
+) -> Row:
+    """What `attack` shows on a run, beside its two controls. Claims are judged later: `judged`."""
+    started = time.perf_counter()
+    claim = attack.claim(case.experiment)
+    row = Row(
+        attack=attack.name,
+        title=attack.title,
+        source=attack.source,
+        claim=claim.sentence,
+        made=claim.made,
+        assumption=claim.assumption,
+        argument=claim.argument,
+        verdict="not assessed",
+    )
+    try:
+        trial = attack.trial(case)
+        worlds = [
+            trial,
+            attack.undefended(seed, case.profile),
+            attack.no_signal(seed, case.profile),
+        ]
+        guesses = attacks.guess(attack, worlds, seed, progress)
+    except UnavailableError as error:
+        return msgspec.structs.replace(row, reason=str(error))
+    except AttackFailedError as error:
+        return msgspec.structs.replace(row, verdict="no conclusion", reason=str(error))
+    scores: list[Score] = [
+        attack.score(guessed, world.truth, seed)
+        for guessed, world in zip(guesses, worlds, strict=True)
+    ]
+    found, undefended, no_signal = scores
+    verdict: Verdict = "this attack fails"
+    reason = ""
+    if not undefended.succeeded:
+        verdict, reason = "no conclusion", "it did not succeed where nothing is defended"
+    elif no_signal.succeeded:
+        verdict, reason = "no conclusion", "it succeeded where there is nothing to find"
+    elif found.succeeded:
+        verdict = "within the claim" if claim.made else "broken"
+    elif claim.argument is not None:
+        verdict = "proved"
+    return msgspec.structs.replace(
+        row,
+        adversary=_adversary(trial.view, bool(attack.given)),
+        verdict=verdict,
+        reason=reason,
+        results=found.results,
+        p=found.p,
+        limit=found.limit,
+        notes=found.notes,
+        curves=found.curves,
+        undefended=Control(undefended.results, undefended.succeeded, undefended.curves),
+        no_signal=Control(no_signal.results, no_signal.succeeded, no_signal.curves),
+        seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+def judged(rows: Iterable[Row], level: float = LEVEL) -> tuple[Row, ...]:
+    """The rows with claims contradicted where their evidence says so, all at `level` together."""
+    rows = tuple(rows)
+    tested = [row for row in rows if _tests(row)]
+    each = level / max(1, len(tested))
+    return tuple(
+        msgspec.structs.replace(
+            row,
+            level=each,
+            verdict="contradicted" if (row.p or 0.0) <= each else row.verdict,
+        )
+        if _tests(row)
+        else row
+        for row in rows
+    )
+
+
+def _tests(row: Row) -> bool:
+    return row.made and row.p is not None and row.verdict != "no conclusion"
+
+
+def audit(
+    case: Case,
+    names: Sequence[str] | None = None,
+    *,
+    seed: int | None = None,
+    workers: int = 2,
+    told: Told = lambda *_: None,
+) -> Audit:
+    """Every attack (or those in `names`) on the run, in `workers` processes.
+
+    seed: of everything that the attacks draw; by default from the operating system, and recorded.
+    """
+    started = time.perf_counter()
+    chosen = list(names) if names is not None else list(attacks.installed())
+    for name in chosen:
+        attacks.find(name)
+    seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
+    found = _in_parallel(case, chosen, seed, workers, told)
+    rows = judged(found[name] for name in chosen)
+    summary = case.summary
+    return Audit(
+        run=summary.name,
+        protocol=summary.protocol,
+        sites=summary.sites,
+        auditing=case.auditing,
+        epsilon=summary.epsilon,
+        delta=summary.delta,
+        private=summary.private,
+        made=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        software=importlib.metadata.version("securefl"),
+        profile=case.profile,
+        seed=seed,
+        level=LEVEL,
+        tests=sum(_tests(row) for row in rows),
+        hashes=hashes(case),
+        rows=rows,
+        alarms=tuple(row.attack for row in rows if row.verdict == "contradicted"),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+# --- several attacks at a time, each in a process that assesses it -----------------------------
+
+
+class _Job(msgspec.Struct, frozen=True):
+    folder: str
+    own: str | None
+    profile: Profile
+    attack: str
+    seed: int
+
+
+class _Done(msgspec.Struct, frozen=True, tag=True):
+    row: Row
+
+
+class _Part(msgspec.Struct, frozen=True, tag=True):
+    fraction: float
+
+
+class _Stopped(msgspec.Struct, frozen=True, tag=True):
+    line: str
+
+
+def _in_parallel(
+    case: Case, names: Sequence[str], seed: int, workers: int, told: Told
+) -> Mapping[str, Row]:
+    """Each attack's row. What stops an attack is in its row; the others go on."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in names:
+        waiting.put(name)
+    rows: dict[str, Row] = {}
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with _Worker() as worker:
+                while not errors:
+                    try:
+                        name = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    told(name, 0.0, "running")
+                    own = str(case.own) if case.own is not None else None
+                    job = _Job(str(case.folder), own, case.profile, name, seed)
+                    rows[name] = worker.do(job, lambda part, name=name: told(name, part, "running"))
+                    told(name, 1.0, rows[name].verdict)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(max(1, min(workers, len(names))))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return rows
+
+
+@final
+class _Worker:
+    """A process that assesses one attack after the other."""
+
+    def __enter__(self) -> _Worker:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "attacks.alone", "audit"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None  # noqa: S101 - a pipe
+        self._process.stdin.close()
+        self._process.terminate()
+        self._process.wait()
+
+    def do(self, job: _Job, progress: attacks.Progress) -> Row:
+        """The row of `job`; AttackFailedError where it cannot be assessed at all."""
+        try:
+            send(self._process.stdin, msgspec.msgpack.encode(job))
+            while True:
+                data = receive(self._process.stdout)
+                said = msgspec.msgpack.decode(data, type=_Done | _Part | _Stopped)
+                if isinstance(said, _Done):
+                    return said.row
+                if isinstance(said, _Stopped):
+                    raise AttackFailedError(said.line)
+                progress(said.fraction)
+        except (EOFError, BrokenPipeError):
+            code = self._process.wait()
+            raise AttackFailedError(
+                f"{job.attack}: the process that assesses it ended with status {code}"
+            ) from None
+
+
+def serve(source: Any, sink: Any) -> None:
+    """The process that assesses: answer until `source` ends."""
+    cases: dict[tuple[str, str | None, Profile], Case] = {}
+    while True:
+        try:
+            job = msgspec.msgpack.decode(receive(source), type=_Job)
+        except EOFError:
+            return
+        try:
+            key = (job.folder, job.own, job.profile)
+            if key not in cases:
+                own = Path(job.own) if job.own is not None else None
+                cases[key] = Case.open(Path(job.folder), job.profile, own)
+
+            def told(fraction: float) -> None:
+                send(sink, msgspec.msgpack.encode(_Part(float(fraction))))
+
+            row = assess(attacks.find(job.attack), cases[key], job.seed, told)
+            said: _Done | _Stopped = _Done(row)
+        except Exception as error:
+            line = " ".join(f"{job.attack}: {type(error).__name__}: {error}".split())[:500]
+            said = _Stopped(line)
+        send(sink, msgspec.msgpack.encode(said))
+
+
+# --- what the audit stands on ------------------------------------------------------------------
+
+
+def hashes(case: Case) -> Hashes:
+    """What the audit of `case` stands on."""
+    return Hashes(
+        experiment=_sha256((case.folder / EXPERIMENT).read_bytes()),
+        policies={site: _sha256(path.read_bytes()) for site, path in _policies(case).items()},
+        ledgers=case.ledger_heads(),
+        code=_code(),
+        evidence=_evidence(case.folder),
+    )
+
+
+def _policies(case: Case) -> dict[str, Path]:
+    return {load_site(folder / SITE).name: folder / SITE for folder in case.site_folders()}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _code() -> str:
+    """Over every Python source of the three packages, by name, as installed."""
+    total = hashlib.sha256()
+    for package in ("protocols", "securefl", "attacks"):
+        root = Path(str(files(package)))
+        for path in sorted(root.rglob("*.py")):
+            total.update(f"{package}/{path.relative_to(root)}\0".encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _evidence(folder: Path) -> str:
+    """Over every file of the run that an attack may read, by name."""
+    total = hashlib.sha256()
+    names = ["summary.json", "metrics.jsonl", "model.safetensors", "model.json"]
+    parts = [folder / name for name in names]
+    for inner in (folder / TRANSCRIPT, *sorted((folder / "sites").glob("*/own"))):
+        parts += sorted(path for path in inner.rglob("*") if path.is_file())
+    for path in parts:
+        if path.exists():
+            total.update(f"{path.relative_to(folder)}\0".encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _adversary(view: AnyView, given: bool) -> str:
+    """Who sees a view, in words."""
+    match view:
+        case ReleasedModelView():
+            told = "whoever has the trained model"
+        case NetworkView():
+            told = "whoever taps the wires, under TLS"
+        case ServerView(crossings=crossed):
+            sites = len({item.site for item in crossed})
+            told = f"the server, which follows the protocol and keeps every message ({sites} sites')"
+        case ColludingView(recordings=recordings, with_server=True):
+            told = f"the server, with all that {_names(recordings)} holds"
+        case ColludingView(recordings=recordings):
+            told = f"{_names(recordings)}, pooling all they hold, without the server"
+        case OpenedView(site=site):
+            told = f"whoever opened what {site} contributed, round by round"
+        case ActiveServer():
+            told = "a server that sends what it likes"
+    return told + (", and has records to ask about" if given else "")
+
+
+def _names(recordings: Iterable[Any]) -> str:
+    return " and ".join(item.site for item in recordings) or "nobody"
+
