@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -314,6 +314,7 @@ def _largest_rejected(p_of: Callable[[float], float], p: float) -> float:
     return low
 
 
+@lru_cache(maxsize=1 << 14)  # a calibration asks the same few counts often
 def get_eps_audit(m: int, r: int, v: int, delta: float, p: float) -> float:
     """A lower bound on epsilon with confidence 1 - p: training is not (eps, delta)-DP below it.
 
@@ -391,14 +392,16 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def gaussian_mu(eps: float, delta: float) -> float:
-    """The largest mu whose mu-GDP implies (eps, delta)-DP."""
+    """The largest mu whose mu-GDP implies (eps, delta)-DP, rounded down by at most 1e-9."""
     _probability("delta", delta)
+    if eps == math.inf:
+        return math.inf
     return _largest_rejected(lambda mu: gaussian_delta(mu, eps), delta)
 
 
 def _possible(m: int, r: int, v: int, mu: float, tau: float) -> bool:
     """Whether v or more right guesses may have probability tau under mu-GDP."""
-    right, wrong, whole = tau * v / m, tau * (r - v) / m, r / m
+    right, wrong, whole = tau * v / m, tau * (r - v) / m, r / m * (1 + 1e-12)
     for i in range(v - 1, -1, -1):
         if right + wrong > whole:
             return False
@@ -409,6 +412,7 @@ def _possible(m: int, r: int, v: int, mu: float, tau: float) -> bool:
     return right + wrong <= whole
 
 
+@lru_cache(maxsize=1 << 14)
 def gaussian_p_value(m: int, r: int, v: int, mu: float) -> float:
     """The chance of v or more correct guesses, bounded above, if training were mu-GDP.
 
@@ -427,7 +431,7 @@ def gaussian_p_value(m: int, r: int, v: int, mu: float) -> float:
     _counts(m, r, v)
     if not mu >= 0:
         raise ValueError(f"mu is {mu}: give 0 or more")
-    if v == 0 or _possible(m, r, v, mu, 1.0):
+    if v == 0 or mu == math.inf or _possible(m, r, v, mu, 1.0):
         return 1.0
     low, high = -745.0, 0.0  # in logarithms: the tail may be very small
     while high - low > 1e-9:
@@ -436,6 +440,7 @@ def gaussian_p_value(m: int, r: int, v: int, mu: float) -> float:
     return math.exp(high)
 
 
+@lru_cache(maxsize=1 << 14)
 def get_mu_audit(m: int, r: int, v: int, p: float) -> float:
     """A lower bound on mu with confidence 1 - p: training is not mu-GDP below it."""
     _counts(m, r, v)
@@ -446,13 +451,17 @@ def get_mu_audit(m: int, r: int, v: int, p: float) -> float:
 
 
 def get_gaussian_eps_audit(m: int, r: int, v: int, delta: float, p: float) -> float:
-    """`get_mu_audit` told as an epsilon at delta.
+    """A lower bound on epsilon at delta for a Gaussian trade-off curve, with confidence 1 - p.
 
-    It rejects Gaussian trade-off curves, and every curve above a rejected one. It is a lower
-    bound on epsilon where the mechanism's curve is Gaussian (full-batch or composed DP-SGD, the
-    ledger's Gaussian plans); for another curve it is none, and `get_eps_audit` must be used.
+    The larger of `get_mu_audit` told as an epsilon and `get_eps_audit`: both bound the same tail
+    of v, so the larger needs no correction. Near chance the recursion is the looser of the two
+    (it bounds the tail by its first term); from an epsilon of about 1 on it shows far more.
+
+    It is a lower bound where the mechanism's curve is Gaussian: Gaussian noise on what the
+    canary adds in full, once or composed. For another curve it is none: read `get_eps_audit`.
     """
-    return gaussian_epsilon(get_mu_audit(m, r, v, p), delta)
+    told = gaussian_epsilon(get_mu_audit(m, r, v, p), delta)
+    return max(told, get_eps_audit(m, r, v, delta, p))
 
 
 # From scores to guesses
@@ -519,8 +528,8 @@ class Audit:
     bound: lower bound on epsilon at delta with `confidence`, for any mechanism.
     gaussian_bound: the same where the trade-off curve is Gaussian (`get_gaussian_eps_audit`);
         not corrected for standing beside `bound`: name beforehand which of the two is read.
-    p_value: of the claim that training is (claimed, delta)-DP; gaussian_p_value: that it is
-        mu-GDP with the mu that (claimed, delta) allows.
+    p_value: of the claim that training is (claimed, delta)-DP; gaussian_p_value: of the same
+        claim where the trade-off curve is Gaussian.
     limit: the largest bound these guesses could have shown.
     m, r, v: canaries, guesses and right guesses of the way that gave the bound.
     """
@@ -562,6 +571,7 @@ def audit(
 ) -> Audit:
     """The one-run audit of scores float64[m] against the coins bool[m] that chose the canaries.
 
+    claimed: the ledger's epsilon at delta; math.inf where nothing is claimed.
     guesses: the ways to guess, fixed before anything is looked at; `standard_guesses(m)` where
     none is given. Each gets an equal share of 1 - confidence (Bonferroni).
 
@@ -589,7 +599,9 @@ def audit(
                 get_eps_audit(m, r, v, delta, p),
                 -p_value(m, r, v, claimed, delta),
                 get_gaussian_eps_audit(m, r, v, delta, p) if delta else 0.0,
-                -gaussian_p_value(m, r, v, mu) if delta else -1.0,
+                -min(p_value(m, r, v, claimed, delta), gaussian_p_value(m, r, v, mu))
+                if delta
+                else -1.0,
                 largest_bound(m, r, delta, p),
                 v,
                 way,
@@ -618,7 +630,12 @@ def audit(
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A guess at epsilon from n canaries. It is no bound: it may lie above the truth or below."""
+    """A guess at epsilon from n canaries. It is no bound: it may lie above the truth or below.
+
+    With few canaries it lies above: the fitted deviation's error is read as leakage. Where 3 is
+    true (sigma 1.54, delta 1e-6), the mean over 60 simulations was 5.7 of 50 canaries, 3.9 of
+    250, 3.4 of 1,000 and 3.2 of 4,000.
+    """
 
     epsilon: float
     delta: float
@@ -681,7 +698,7 @@ def _hockey_stick(p: Normal, q: Normal, eps: float) -> float:
 
         rest = mass(low, high)
         inside = mass((low - shift) / s, (high - shift) / s)
-        return inside - (math.exp(eps + math.log(rest)) if rest > 0 else 0.0)
+        return inside - (math.exp(min(0.0, eps + math.log(rest))) if rest > 0 else 0.0)
 
     if a == 0:
         return between(ends[0], math.inf) if b > 0 else between(-math.inf, ends[0])
