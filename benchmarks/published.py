@@ -1,9 +1,9 @@
 """Published figures of attacks and audits beside ours.
 
-    python benchmarks/attacks.py
+    python benchmarks/published.py
 
 Prints one JSON list of rows: what, where it was published, the paper's figure, ours, and a note
-where the two may differ and why.
+where the two may differ and why. (Not attacks.py: a script there would hide the package.)
 """
 
 from __future__ import annotations
