@@ -20,6 +20,7 @@ demo: $(VENV)/.installed ## five hospitals train one private, encrypted, pruned 
 test: lint types imports ## lint, types, import directions and the test suite (minutes)
 	$(PYTEST) tests/protocols protocols
 	$(PYTEST) tests/securefl securefl
+	$(PYTEST) tests/attacks attacks
 	$(PYTEST) tests/project
 	$(PYTEST) --dist loadfile tests/deployment
 
