@@ -7,12 +7,11 @@ the coefficients in use. A sum is the sum of the c0 with the list of the seeds: 
 arithmetic modulo q that needs neither SEAL nor a key, and the opener expands the seeds. What a peer
 sends is range-checked here and only then framed for SEAL, so no peer's bytes reach SEAL's parser.
 
-The only module that imports tenseal.
+This module and `protocols.ckks` are the only ones that import tenseal.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,30 +19,21 @@ from typing import Any, Final, NoReturn, final
 
 import numpy as np
 import tenseal.sealapi as seal
-import zstandard
 from numpy.typing import NDArray
 
 from protocols.bitpacking import pack, packed_size, unpack
 from protocols.errors import MalformedMessageError, ProtocolError
+from protocols.framing import C0_OFFSET, HEADER_BYTES, SEED_BYTES, Memory, framed
 from protocols.keystream import Seed
 
 DEGREE: Final = 2048
 MODULUS: Final = 18014398509404161
 MODULUS_BITS: Final = 54
-SEED_BYTES: Final = 64
 _BLOCKS_AT_A_TIME: Final = 32
 _CHUNK: Final = _BLOCKS_AT_A_TIME * DEGREE
 
-# SEAL 4.x serialisation: every object is header || body; the header is the magic number, its own
-# size, version, compression mode, and the total size.
-_HEADER: Final = struct.Struct("<HBBBBHQ")
-_MAGIC: Final = 0xA15E
-_UNCOMPRESSED, _ZSTD = 0, 2
-_SUPPORTED: Final = (4, 3)
-# Offsets in a ciphertext's body: parms_id 32, NTT flag 1, size 8, degree 8, moduli 8, scale 8,
-# correction factor 8; then the coefficient array with its own header and 8-byte count.
-_C0_OFFSET: Final = 73 + _HEADER.size + 8
-_SEED_OFFSET: Final = _C0_OFFSET + 8 * DEGREE + _HEADER.size + 1
+# Where the seed lies in a seeded ciphertext's body: after c0, a header, and the generator's type.
+_SEED_OFFSET: Final = C0_OFFSET + 8 * DEGREE + HEADER_BYTES + 1
 
 
 def largest_plain_bits(additions: int) -> int:
@@ -131,44 +121,6 @@ def _blocks(slots: int) -> int:
     return -(-slots // DEGREE)
 
 
-class _Memory:
-    """A file that lives in memory alone: SEAL's save and load take paths."""
-
-    def __init__(self) -> None:
-        self._file = os.memfd_create("seal", os.MFD_CLOEXEC)
-        self.path = f"/proc/self/fd/{self._file}"
-
-    def write(self, data: bytes, offset: int = 0) -> None:
-        os.pwrite(self._file, data, offset)
-
-    def replace(self, data: bytes) -> None:
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, data, 0)
-
-    def saved(self, item: Any) -> bytes:
-        """The body of what `item.save` writes; our own objects only, never a peer's bytes."""
-        os.ftruncate(self._file, 0)
-        item.save(self.path)
-        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
-        _, _, _, minor, mode, _, _ = _HEADER.unpack_from(data)
-        if minor != _SUPPORTED[1] or mode not in (_UNCOMPRESSED, _ZSTD):
-            raise RuntimeError(
-                f"SEAL writes format 4.{minor}, mode {mode}, which this version of securefl does "
-                "not know: install tenseal 0.3.16"
-            )
-        body = data[_HEADER.size :]
-        return zstandard.ZstdDecompressor().decompressobj().decompress(body) if mode else body
-
-    def __del__(self) -> None:
-        os.close(self._file)
-
-
-def _frame(body: bytes) -> bytes:
-    size = _HEADER.size + len(body)
-    header = _HEADER.pack(_MAGIC, _HEADER.size, *_SUPPORTED, _UNCOMPRESSED, 0, size)
-    return header + body
-
-
 def _context(parameters: Parameters, seed_words: list[int] | None = None) -> Any:
     parms = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
     parms.set_poly_modulus_degree(DEGREE)
@@ -202,7 +154,7 @@ class SecretKey:
         self._encryptor = seal.Encryptor(self._context, secret)
         self._decryptor = seal.Decryptor(self._context, secret)
         self._evaluator = seal.Evaluator(self._context)
-        self._memory = _Memory()
+        self._memory = Memory()
 
     def encrypt(self, chunks: Iterable[NDArray[np.uint64]]) -> bytearray:
         """The slots in `chunks` (uint64 < 2^plain_bits) as `upload_bytes(slots)` wire bytes.
@@ -230,7 +182,7 @@ class SecretKey:
         for i in range(blocks):
             self._load_plaintext(plain, slots[i * DEGREE : (i + 1) * DEGREE])
             body = self._memory.saved(self._encryptor.encrypt_symmetric(plain))
-            c0[i] = np.frombuffer(body, "<u8", DEGREE, _C0_OFFSET)
+            c0[i] = np.frombuffer(body, "<u8", DEGREE, C0_OFFSET)
             rows[i, :SEED_BYTES] = np.frombuffer(body, np.uint8, SEED_BYTES, _SEED_OFFSET)
         c0 = _cut(c0, cut)
         rows[:, SEED_BYTES:] = pack(c0.reshape(-1), bits).reshape(blocks, -1)
@@ -244,8 +196,8 @@ class SecretKey:
     def _load_plaintext(self, plain: Any, slots: NDArray[np.uint64]) -> None:
         count = len(slots)
         body = bytes(32) + struct.pack("<Qd", count, 1.0)
-        body += _frame(struct.pack("<Q", count) + slots.astype("<u8", copy=False).tobytes())
-        self._memory.replace(_frame(body))
+        body += framed(struct.pack("<Q", count) + slots.astype("<u8", copy=False).tobytes())
+        self._memory.replace(framed(body))
         plain.load(self._context, self._memory.path)
 
     def open(self, wire: bytes, slots: int, contributions: int) -> NDArray[np.uint64]:
@@ -277,29 +229,29 @@ class SecretKey:
             size = part.stop - part.start
             padded = np.zeros(DEGREE, "<u8")
             padded[:size] = c0[part]
-            first.write(padded.tobytes(), _HEADER.size + _C0_OFFSET)
-            first.write(seeds[0, block].tobytes(), _HEADER.size + _SEED_OFFSET)
+            first.write(padded.tobytes(), HEADER_BYTES + C0_OFFSET)
+            first.write(seeds[0, block].tobytes(), HEADER_BYTES + _SEED_OFFSET)
             total.load(self._context, first.path)
             for seed in seeds[1:, block]:  # c0 is zero in these: only c1 is expanded and added
-                others.write(seed.tobytes(), _HEADER.size + _SEED_OFFSET)
+                others.write(seed.tobytes(), HEADER_BYTES + _SEED_OFFSET)
                 term.load(self._context, others.path)
                 self._evaluator.add_inplace(total, term)
             self._decryptor.decrypt(total, plain)
             body = self._memory.saved(plain)
-            (count,) = struct.unpack_from("<Q", body, 48 + _HEADER.size)
+            (count,) = struct.unpack_from("<Q", body, 48 + HEADER_BYTES)
             found = np.zeros(DEGREE, np.uint64)
-            found[:count] = np.frombuffer(body, "<u8", count, 56 + _HEADER.size)
+            found[:count] = np.frombuffer(body, "<u8", count, 56 + HEADER_BYTES)
             out[part] = found[:size]
         return out
 
-    def _seeded_frame(self) -> _Memory:
+    def _seeded_frame(self) -> Memory:
         """A seeded ciphertext with c0 = 0, of which callers overwrite c0 and the seed."""
         plain = seal.Plaintext()
         self._load_plaintext(plain, np.zeros(1, np.uint64))
         body = bytearray(self._memory.saved(self._encryptor.encrypt_symmetric(plain)))
-        body[_C0_OFFSET : _C0_OFFSET + 8 * DEGREE] = bytes(8 * DEGREE)
-        frame = _Memory()
-        frame.replace(_frame(bytes(body)))
+        body[C0_OFFSET : C0_OFFSET + 8 * DEGREE] = bytes(8 * DEGREE)
+        frame = Memory()
+        frame.replace(framed(bytes(body)))
         return frame
 
     def __repr__(self) -> str:

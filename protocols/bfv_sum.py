@@ -7,14 +7,16 @@
 
 Stops an honest-but-curious server that colludes with no site. A site that colludes with the server
 opens everything: that is what masked-bfv is for. The key is fresh in every round.
+
+The steps do not know what encrypts: they take a `Scheme`, which is `BFV` here and CKKS in ckks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Final, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +63,47 @@ def slot_bits(cohort: int) -> int:
     return largest_plain_bits(cohort)
 
 
+class Key(Protocol):
+    """A round's HE key at a site, as `protocols.bfv.SecretKey` is one."""
+
+    def encrypt(self, chunks: Slots) -> bytearray:
+        """An encoded vector as it crosses the wire."""
+
+    def open(self, wire: bytes, slots: int, contributions: int) -> NDArray[np.uint64]:
+        """The slots of a sum; ProtocolError where its bytes are malformed."""
+
+
+class RunningSum(Protocol):
+    """What a server adds encrypted vectors in, as `protocols.bfv.Sum` is one."""
+
+    def add(self, wire: bytes) -> None:
+        """Add one, or leave the sum as it was and raise ProtocolError."""
+
+    def to_bytes(self) -> bytes:
+        """The sum as it crosses the wire."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Additive encryption of vectors of some length: the key of a seed, and an empty sum."""
+
+    key: Callable[[Seed, Encoding, int], Key]
+    empty: Callable[[Encoding, int], RunningSum]
+
+
+def _bfv_key(seed: Seed, encoding: Encoding, length: int) -> SecretKey:
+    del length
+    return SecretKey(seed, Parameters(encoding.plain_bits, encoding.cohort))
+
+
+def _bfv_sum(encoding: Encoding, length: int) -> Sum:
+    return Sum(encoding.slots(length), Parameters(encoding.plain_bits, encoding.cohort))
+
+
+BFV: Final = Scheme(_bfv_key, _bfv_sum)
+
+
 def _sealing_context(begin: Begin, maker: str, public: bytes, to: str, to_public: bytes) -> bytes:
     return digest("he seed", begin.context, maker.encode(), public, to.encode(), to_public)
 
@@ -87,7 +130,7 @@ class Uploaded:
 
     expected: Expected
     begin: Begin
-    key: SecretKey
+    key: Key
 
 
 @final
@@ -134,9 +177,17 @@ def client_step3(
 ) -> tuple[Uploaded, bytes]:
     """SealedSeed -> Upload: open the seed, derive the key, encrypt the encoded vector."""
     del randomness  # SEAL draws encryption errors from the operating system
+    return upload(BFV, state, message, slots)
+
+
+def upload(
+    scheme: Scheme, state: Advertised, message: bytes, slots: Slots
+) -> tuple[Uploaded, bytes]:
+    """`client_step3` under any scheme."""
     expected, begin = state.expected, state.begin
     me, sealed = expected.identity, SealedSeed.from_bytes(message)
-    key = open_key(expected, begin, state.channel, sealed)
+    seed = open_seed(expected, begin, state.channel, sealed)
+    key = scheme.key(seed, expected.encoding, expected.length)
     payload = bytes(key.encrypt(slots))
     signature = me.key.sign(statement(begin.context, "upload", me.name, sealed.key, payload))
     reply = Upload(me.name, sealed.key, payload, signature)
@@ -146,7 +197,7 @@ def client_step3(
 def client_step4(state: Uploaded, message: bytes, randomness: Randomness) -> tuple[Opened, bytes]:
     """SumToOpen -> OpenedSum: decrypt this round's sum, once.
 
-    The count slot catches faults, not attacks: BFV is malleable, and an opener cannot
+    The count slot catches faults, not attacks: BFV and CKKS are malleable, and an opener cannot
     authenticate a ciphertext.
     """
     del randomness
@@ -175,18 +226,6 @@ def seal_seeds(
     return tuple(sealed)
 
 
-def open_key(
-    expected: Expected, begin: Begin, channel: ChannelKey, sealed: SealedSeed
-) -> SecretKey:
-    """The round's HE key from the seed that was sealed for this site."""
-    return secret_key(expected, open_seed(expected, begin, channel, sealed))
-
-
-def secret_key(expected: Expected, seed: Seed) -> SecretKey:
-    """The HE key that `seed` becomes."""
-    return SecretKey(seed, Parameters(expected.encoding.plain_bits, expected.encoding.cohort))
-
-
 def open_seed(expected: Expected, begin: Begin, channel: ChannelKey, sealed: SealedSeed) -> Seed:
     """The round's HE seed that was sealed for this site, after all checks."""
     me = expected.identity
@@ -202,7 +241,7 @@ def open_seed(expected: Expected, begin: Begin, channel: ChannelKey, sealed: Sea
     return seed
 
 
-def open_sum(expected: Expected, begin: Begin, key: SecretKey, request: SumToOpen) -> bytes:
+def open_sum(expected: Expected, begin: Begin, key: Key, request: SumToOpen) -> bytes:
     """The OpenedSum; RefusedError when its count slot does not count the contributors."""
     opened = opened_slots(expected, key, request)
     payload = pack(opened, expected.encoding.plain_bits).tobytes()
@@ -211,7 +250,7 @@ def open_sum(expected: Expected, begin: Begin, key: SecretKey, request: SumToOpe
     return OpenedSum(me.name, payload, signature).to_bytes()
 
 
-def opened_slots(expected: Expected, key: SecretKey, request: SumToOpen) -> NDArray[np.uint64]:
+def opened_slots(expected: Expected, key: Key, request: SumToOpen) -> NDArray[np.uint64]:
     """The slots of the sum; RefusedError when the first does not count the contributors."""
     count = len(request.contributors)
     opened = key.open(request.payload, expected.encoding.slots(expected.length), count)
@@ -233,6 +272,7 @@ def server(
     length: int,
     weights: Mapping[str, int] | None = None,
     openers: int = 1,
+    scheme: Scheme = BFV,
 ) -> ServerSide:
     """The server's round. It relays the sealed seed, adds ciphertexts, and holds no key.
 
@@ -274,7 +314,7 @@ def server(
     key_id = next(iter(seeds.values())).key
 
     # upload: the encoded vectors, encrypted; a refused upload leaves the sum as it was
-    total = Sum(encoding.slots(length), Parameters(encoding.plain_bits, encoding.cohort))
+    total = scheme.empty(encoding, length)
 
     def added(site: str, data: bytes) -> None:
         upload = Upload.from_bytes(data)

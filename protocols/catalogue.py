@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, final
 
-from protocols import bfv_sum, masked_bfv, plain, secagg
+from protocols import bfv_sum, ckks_sum, masked_bfv, plain, secagg
 from protocols.errors import RefusedError
 from protocols.keystream import Randomness
 from protocols.rounds import BlindServerSide, Expected, ServerSide, Slots, Steps
@@ -70,6 +70,19 @@ _ALL: Final = (
         bfv_sum.slot_bits,
         bfv_sum.server,
         bfv_sum.STEPS,
+        {
+            "advertise": Expected,
+            "share": bfv_sum.Advertised,
+            "upload": bfv_sum.Advertised,
+            "open": bfv_sum.Uploaded,
+        },
+    ),
+    Protocol(
+        "ckks",
+        ckks_sum.PHASES,
+        ckks_sum.slot_bits,
+        ckks_sum.server,
+        ckks_sum.STEPS,
         {
             "advertise": Expected,
             "share": bfv_sum.Advertised,

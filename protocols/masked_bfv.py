@@ -155,7 +155,7 @@ def client_step3(
     if (sealed.maker, sealed.public) != (making, state.adverts[making].channel):
         raise RefusedError(f"{making} makes the seed of this round, not {sealed.maker}")
     seed = bfv_sum.open_seed(expected, begin, state.secrets.channel, sealed)
-    key = bfv_sum.secret_key(expected, seed)
+    key = SecretKey(seed, Parameters(expected.encoding.plain_bits, expected.encoding.cohort))
     common = opening_secret(seed, begin.context)
     uploaded, masked = secagg.mask(state, relayed, slots)
     payload = bytes(key.encrypt(masked))
