@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, final
 import msgspec
 
 from attacks.evidence import Interval
-from attacks.view import AnyView, Array, Given, View
+from attacks.view import AnyView, Given, View
 from securefl.config import ConfigurationError, Experiment
 
 if TYPE_CHECKING:
@@ -319,7 +319,13 @@ def installed() -> dict[str, Attack[Any, Any]]:
     """Every attack by its name; ConfigurationError for an entry point that gives none."""
     found = {}
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
-        attack = entry.load()
+        try:
+            attack = entry.load()
+        except Exception as error:
+            raise ConfigurationError(
+                f"the entry point {entry.name} = {entry.value!r} in {GROUP} cannot be loaded "
+                f"({type(error).__name__}: {error}): mend or remove the package that has it"
+            ) from error
         if not isinstance(attack, Attack) or attack.name != entry.name:
             raise ConfigurationError(
                 f"the entry point {entry.name} = {entry.value!r} in {GROUP} is no attack of that "
@@ -335,22 +341,3 @@ def find(name: str) -> Attack[Any, Any]:
     if name not in known:
         raise ConfigurationError(f"no attack {name!r}: there are {', '.join(known) or 'none'}")
     return known[name]
-
-
-__all__ = [
-    "Array",
-    "Attack",
-    "AttackFailedError",
-    "AttackResult",
-    "Claim",
-    "Curve",
-    "Given",
-    "Profile",
-    "Progress",
-    "Score",
-    "Trial",
-    "UnavailableError",
-    "find",
-    "guess",
-    "installed",
-]

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -47,7 +46,6 @@ from attacks.view import (
     ReleasedModelView,
     ServerView,
 )
-from securefl import store
 from securefl.config import ConfigurationError, load_site
 from securefl.records import EXPERIMENT
 from securefl.site_folder import SITE
@@ -340,7 +338,7 @@ def _in_parallel(
                     told(name, 0.0, "running")
                     own = str(case.own) if case.own is not None else None
                     job = _Job(str(case.folder), own, case.profile, name, seed)
-                    rows[name] = worker.do(job, lambda part, name=name: told(name, part, "running"))
+                    rows[name] = worker.do(job, told)
                     told(name, 1.0, rows[name].verdict)
         except BaseException as error:
             errors.append(error)
@@ -377,7 +375,7 @@ class _Worker:
         self._process.terminate()
         self._process.wait()
 
-    def do(self, job: _Job, progress: attacks.Progress) -> Row:
+    def do(self, job: _Job, told: Told) -> Row:
         """The row of `job`; AttackFailedError where it cannot be assessed at all."""
         try:
             send(self._process.stdin, msgspec.msgpack.encode(job))
@@ -388,7 +386,7 @@ class _Worker:
                     return said.row
                 if isinstance(said, _Stopped):
                     raise AttackFailedError(said.line)
-                progress(said.fraction)
+                told(job.attack, said.fraction, "running")
         except (EOFError, BrokenPipeError):
             code = self._process.wait()
             raise AttackFailedError(
@@ -477,7 +475,7 @@ def _adversary(view: AnyView, given: bool) -> str:
             told = "whoever taps the wires, under TLS"
         case ServerView(crossings=crossed):
             sites = len({item.site for item in crossed})
-            told = f"the server, which follows the protocol and keeps every message ({sites} sites')"
+            told = f"the server, which follows the protocol and keeps what {sites} sites and it say"
         case ColludingView(recordings=recordings, with_server=True):
             told = f"the server, with all that {_names(recordings)} holds"
         case ColludingView(recordings=recordings):
@@ -491,4 +489,3 @@ def _adversary(view: AnyView, given: bool) -> str:
 
 def _names(recordings: Iterable[Any]) -> str:
     return " and ".join(item.site for item in recordings) or "nobody"
-

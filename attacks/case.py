@@ -153,7 +153,7 @@ class Case:
             if item.direction == "up" and item.number > 0:
                 said = parse_reply(item.data)
                 if isinstance(said, Answer) and said.head is not None:
-                    heads[item.site] = said.head.head.hex()
+                    heads[item.site] = said.head.hash.hex()
         return heads
 
     @property

@@ -20,7 +20,7 @@ from securefl.privacy.ledger import Accepted, Ledger, Registered
 from securefl.records import MODEL, REPORT, SUMMARY, History, Summary, read_history
 from securefl.report import words
 
-__all__ = ["write_ledger_page", "write_report"]
+__all__ = ["environment", "write_ledger_page", "write_report"]
 
 _KEY_FIGURES = 3  # of merit, where a table has them all
 
@@ -49,7 +49,7 @@ def write_ledger_page(ledger: Ledger, site: str, path: Path) -> None:
     """Write a page that a data-protection officer can print: what each data set has spent."""
     held = [ledger.standing(dataset) for dataset in ledger.datasets]
     page = (
-        _environment()
+        environment()
         .get_template("ledger.html")
         .render(
             site=site,
@@ -87,7 +87,7 @@ def _render(history: History, summary: Summary) -> str:
     plan = history.experiment.privacy
     spent = max(summary.epsilon.values(), default=0.0)
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             summary=summary,
@@ -131,9 +131,12 @@ class _Inputs(msgspec.Struct, frozen=True):
     inputs: dict[str, str] = {}
 
 
-def _environment() -> jinja2.Environment:
+def environment(*packages: str) -> jinja2.Environment:
+    """Where pages are made: our templates, and before them those of `packages`."""
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("securefl.report", "templates"),
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(package) for package in (*packages, "securefl.report")]
+        ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -21,26 +21,26 @@ from securefl.records import EvaluationRecord, RoundRecord
 from securefl.report import words
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B59F00", "#555555")
-_INK = "#33414e"
-_RED = "#b3261e"
-_STYLE: dict[Any, Any] = {  # matplotlib lists its keys in a Literal of its own version
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B59F00", "#555555")
+INK = "#33414e"
+RED = "#b3261e"
+STYLE: dict[Any, Any] = {  # matplotlib lists its keys in a Literal of its own version
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=_COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.formatter.useoffset": False,
     "grid.color": "#e4e8ec",
     "grid.linewidth": 0.8,
     "xtick.color": "#9aa5b1",
     "ytick.color": "#9aa5b1",
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
     "font.size": 9,
@@ -77,7 +77,7 @@ def plots(
     if not rounds:
         return []
     drawn: list[Plot | None] = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawn += _metrics(rounds) if metrics else []
         drawn.append(_epsilon(rounds, budget))
         drawn.append(_clip(rounds))
@@ -122,7 +122,7 @@ def evaluation_plots(
     """
     if not evaluations:
         return []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawn = [
             _roc(evaluations[-1], threshold),
             _calibration(evaluations[-1], positive),
@@ -159,7 +159,7 @@ def _roc(evaluation: EvaluationRecord, threshold: float) -> Plot | None:
             1 - specificity,
             sensitivity,
             "o",
-            color=_COLOURS[5],
+            color=COLOURS[5],
             markersize=8,
             clip_on=False,
             label=at,
@@ -169,7 +169,7 @@ def _roc(evaluation: EvaluationRecord, threshold: float) -> Plot | None:
     axes.set_xlabel("false positive rate (1 − specificity)")
     axes.set_ylabel("sensitivity")
     axes.legend(loc="lower right")
-    return _finish(
+    return finish(
         figure,
         "ROC curve",
         "What share of the last class is recognised, against the share of the other class that is "
@@ -185,13 +185,13 @@ def _calibration(evaluation: EvaluationRecord, positive: str | None) -> Plot | N
     figure, axes = _unit_square()
     axes.plot([0, 1], [0, 1], color="#9aa5b1", linestyle="--", linewidth=1.2, label="calibrated")
     predicted, observed, rows = (np.array(column) for column in zip(*groups, strict=True))
-    axes.plot(predicted, observed, color=_COLOURS[0], linewidth=1.0)
+    axes.plot(predicted, observed, color=COLOURS[0], linewidth=1.0)
     sizes = 12 + 150 * rows / rows.max()
     axes.scatter(
         predicted,
         observed,
         sizes,
-        color=_COLOURS[0],
+        color=COLOURS[0],
         alpha=0.75,
         linewidth=0,
         zorder=3,
@@ -204,7 +204,7 @@ def _calibration(evaluation: EvaluationRecord, positive: str | None) -> Plot | N
     axes.set_ylabel("observed share" if two else "share that is right")
     axes.legend(loc="lower right")
     pairs = "; ".join(f"{words.number(p)}: {words.number(o)}" for p, o, _ in groups)
-    return _finish(
+    return finish(
         figure,
         "Calibration",
         "Of the rows with about the same predicted probability, the share for which it came true. "
@@ -219,7 +219,7 @@ def _learning(evaluations: Sequence[EvaluationRecord], keys: Sequence[str]) -> P
     if not told:
         return None
     figure, axes = _canvas(evaluations)
-    for key, colour in zip(told, _COLOURS, strict=False):
+    for key, colour in zip(told, COLOURS, strict=False):
         known = [e for e in evaluations if key in e.figures.values]
         x = [e.round for e in known]
         low, high = zip(*(e.figures.intervals[key] for e in known), strict=True)
@@ -237,7 +237,7 @@ def _learning(evaluations: Sequence[EvaluationRecord], keys: Sequence[str]) -> P
         f"{_first_to_last([e.figures.values.get(key) for e in evaluations])}"
         for key in told
     )
-    return _finish(
+    return finish(
         figure,
         words.sentence_case(title),
         "On all sites' test rows, from sums over the sites. The band is the 95 % interval.",
@@ -288,7 +288,7 @@ def _metrics(rounds: Sequence[RoundRecord]) -> list[Plot]:
             for key in panel
         )
         made.append(
-            _finish(
+            finish(
                 figure,
                 words.sentence_case(title),
                 "On the rows held out of training."
@@ -311,27 +311,27 @@ def _epsilon(rounds: Sequence[RoundRecord], budget: float | None) -> Plot | None
         curves.setdefault(tuple(spent[1:]), []).append(site)
     figure, axes = _canvas(rounds)
     highest = max(curves, key=lambda curve: curve[-1])
-    if len(curves) <= len(_COLOURS):
+    if len(curves) <= len(COLOURS):
         for curve, named in curves.items():
             _line(axes, rounds, curve)
             axes.lines[-1].set_label(_site_label(named, len(sites)))
     else:
         table = np.array(list(curves))
         if len(rounds) == 1:
-            axes.vlines(rounds[0].round, table.min(), table.max(), color=_COLOURS[4], linewidth=6)
+            axes.vlines(rounds[0].round, table.min(), table.max(), color=COLOURS[4], linewidth=6)
         x = [record.round for record in rounds]
-        axes.fill_between(x, table.min(0), table.max(0), color=_COLOURS[4], alpha=0.35, linewidth=0)
+        axes.fill_between(x, table.min(0), table.max(0), color=COLOURS[4], alpha=0.35, linewidth=0)
         axes.collections[-1].set_label(f"lowest to highest of {len(sites)} sites")
         _line(axes, rounds, highest)
         axes.lines[-1].set_label(f"highest at the end: {_site_label(curves[highest], len(sites))}")
     if budget is not None:
-        axes.axhline(budget, color=_RED, linestyle="--", linewidth=1.2)
+        axes.axhline(budget, color=RED, linestyle="--", linewidth=1.2)
         axes.lines[-1].set_label(f"allowed by the plan: {words.rounded_up(budget)}")
     _mark_aborted(axes, rounds)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("epsilon spent so far (no unit)")
     _legend(axes)
-    return _finish(
+    return finish(
         figure,
         "Privacy spent, by site",
         "Epsilon spent since the first round; lower is more private. "
@@ -351,7 +351,7 @@ def _clip(rounds: Sequence[RoundRecord]) -> Plot | None:
     if max(known) > 2 * min(known):
         axes.set_yscale("log")
     axes.set_ylabel("L2 norm")
-    return _finish(
+    return finish(
         figure,
         "Clip",
         "The norm to which each gradient or update was clipped. It follows a quantile of their "
@@ -374,14 +374,14 @@ def _sparsity(rounds: Sequence[RoundRecord]) -> Plot:
     low, high = ([f(u) / scale for u in uploads] for f in (min, max))
     if low != high:
         x = [record.round for record in rounds]
-        lower.fill_between(x, low, high, color=_COLOURS[4], alpha=0.35, linewidth=0)
+        lower.fill_between(x, low, high, color=COLOURS[4], alpha=0.35, linewidth=0)
     _line(lower, rounds, means)
     lower.set_ylabel(f"upload a site ({unit})")
     lower.set_ylim(bottom=0)
     _round_axis(lower, rounds)
     figure.align_ylabels()
     told = _first_to_last([m * scale for m in means], words.size)
-    return _finish(
+    return finish(
         figure,
         "Sparsity and upload",
         "Above: the share of the model pruned after each round. Below: the upload message of a "
@@ -413,7 +413,7 @@ def _by_phase(
     x = np.array([record.round for record in rounds])
     # A phase has one colour in every plot.
     known = dict.fromkeys(k for r in rounds for k in (*r.bytes_up, *r.bytes_down, *r.seconds))
-    palette = dict(zip(known, itertools.cycle(_COLOURS), strict=False))
+    palette = dict(zip(known, itertools.cycle(COLOURS), strict=False))
     colours = [palette[phase] for phase in phases]
     if len(rounds) <= _FEW:
         floor = np.zeros(len(rounds))
@@ -428,7 +428,7 @@ def _by_phase(
     shares = ", ".join(
         f"{phase} {told(float(row.sum()))}" for phase, row in zip(phases, table, strict=True)
     )
-    return _finish(
+    return finish(
         figure,
         title,
         f"{caption} Over the run: {told(float(total))}.",
@@ -465,7 +465,7 @@ def _mark_aborted(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
             lost,
             [0.03] * len(lost),
             "x",
-            color=_RED,
+            color=RED,
             markersize=5,
             transform=axes.get_xaxis_transform(),
             label="aborted round",
@@ -505,7 +505,8 @@ def _first_to_last(
     return f"{told(known[0])} to {told(known[-1])}" if known else "nothing to nothing"
 
 
-def _finish(figure: Figure, title: str, caption: str, alt: str) -> Plot:
+def finish(figure: Figure, title: str, caption: str, alt: str) -> Plot:
+    """`figure`, drawn under `STYLE`, as a picture: the same one gives the same bytes."""
     drawing = io.BytesIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(drawing, format="svg", metadata=metadata)

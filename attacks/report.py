@@ -1,0 +1,195 @@
+"""The audit as a page: `audit.html`, made of `audit.json` alone.
+
+Self-contained, without scripts, printable on A4. Every sentence with a number in it is made here or
+in the template from the audit's figures. The same audit gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from attacks.attack import AttackResult, Curve
+from attacks.audit import Audit, Row, Verdict
+from securefl import store
+from securefl.report import environment, plots, words
+from securefl.report.plots import Plot
+
+PAGE: Final = "audit.html"
+
+VERDICTS: Final[Mapping[Verdict, str]] = {
+    "contradicted": "The claim does not hold",
+    "broken": "Broken; no claim says otherwise",
+    "within the claim": "Something shows, within the claim",
+    "this attack fails": "This attack fails",
+    "proved": "Excluded by an argument; nothing found",
+    "not assessed": "Not assessed",
+    "no conclusion": "No conclusion",
+}
+"""Each verdict in words: never more than was shown."""
+
+_LEAST_FPR = 1e-4
+
+
+def write(folder: Path, audit: Audit) -> Path:
+    """Write audit.html beside audit.json; return its path."""
+    path = folder / PAGE
+    store.write(path, render(audit).encode())
+    return path
+
+
+def render(audit: Audit) -> str:
+    """The page."""
+    with mpl.rc_context(plots.STYLE):
+        pictures = {row.attack: picture for row in audit.rows if (picture := _picture(row))}
+    return (
+        environment("attacks")
+        .get_template("audit.html")
+        .render(
+            audit=audit,
+            assessed=[_Told.of(row) for row in audit.rows if row.results],
+            missing=[row for row in audit.rows if not row.results],
+            pictures=pictures,
+            headline=headline(audit),
+            number=words.number,
+            verdicts=VERDICTS,
+            guarantee=_guarantee(audit),
+            chance=_share(audit.level),
+        )
+    )
+
+
+def headline(audit: Audit) -> str:
+    """What the audit came to, in one sentence."""
+    done = sum(1 for row in audit.rows if row.results)
+    if audit.alarms:
+        count = words.counted(len(audit.alarms), "claim")
+        return f"{count} of this run {'does' if len(audit.alarms) == 1 else 'do'} not hold"
+    if not audit.tests:
+        return f"No claim was tested; {words.counted(done, 'attack')} tried"
+    tested = words.counted(audit.tests, "claim")
+    return f"{tested} tested by {words.counted(done, 'attack')}: none was contradicted"
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A row in words."""
+
+    row: Row
+    verdict: str
+    evidence: str
+    baseline: str
+    interval: str
+    n: str
+    limit: str
+    figures: Sequence[tuple[str, str, str, str, str]]
+    controls: Sequence[tuple[str, str, str]]
+
+    @classmethod
+    def of(cls, row: Row) -> _Told:
+        first = row.results[0]
+        return cls(
+            row=row,
+            verdict=VERDICTS[row.verdict],
+            evidence=f"{words.sentence_case(first.metric)} {_figure(first.value)}",
+            baseline=_figure(first.baseline),
+            interval=_interval(first),
+            n=f"{first.n:,}",
+            limit=row.limit,
+            figures=[
+                (r.metric, _figure(r.value), _interval(r), _figure(r.baseline), f"{r.n:,}")
+                for r in row.results
+            ],
+            controls=[
+                (
+                    told,
+                    f"{control.results[0].metric} {_figure(control.results[0].value)}",
+                    "succeeds" if control.succeeded else "finds nothing",
+                )
+                for told, control in (
+                    ("Without any defence", row.undefended),
+                    ("Where there is nothing to find", row.no_signal),
+                )
+                if control is not None
+            ],
+        )
+
+
+def _figure(value: float) -> str:
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "unbounded"
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _interval(result: AttackResult) -> str:
+    interval = result.interval
+    if interval is None:
+        return "–"
+    return f"{_figure(interval.low)} to {_figure(interval.high)} ({_share(interval.confidence)})"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:g} %"
+
+
+def _guarantee(audit: Audit) -> str:
+    """The promise that the audit tests, in a sentence."""
+    if not audit.private or not audit.epsilon:
+        return "No privacy is promised of this run."
+    spent = words.rounded_up(max(audit.epsilon.values()))
+    delta = words.rounded_up(audit.delta or 0.0)
+    return f"The sites' ledgers promise epsilon {spent} at delta {delta}."
+
+
+def _picture(row: Row) -> Plot | None:
+    """The run beside its controls; ROC curves on log axes."""
+    parts: list[tuple[str, Sequence[Curve]]] = [("this run", row.curves)]
+    if row.undefended is not None:
+        parts.append(("without any defence", row.undefended.curves))
+    if row.no_signal is not None:
+        parts.append(("nothing to find", row.no_signal.curves))
+    drawn = [(told, curve) for told, curves in parts for curve in curves]
+    if not row.curves:
+        return None
+    figure = Figure(figsize=(5.0, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    roc = row.curves[0].kind == "roc"
+    for number, (told, curve) in enumerate(drawn):
+        label = told if len({c.label for _, c in drawn}) == 1 else f"{told}: {curve.label}"
+        colour = plots.COLOURS[number % len(plots.COLOURS)]
+        x, y = np.array(curve.x), np.array(curve.y)
+        if curve.kind == "roc":
+            keep = (x > 0) | (y > 0)
+            axes.plot(
+                np.maximum(x[keep], _LEAST_FPR),
+                np.maximum(y[keep], _LEAST_FPR),
+                drawstyle="steps-post",
+                label=label,
+                color=colour,
+            )
+        elif curve.kind == "histogram":
+            axes.step(x, y, where="mid", label=label, color=colour)
+        else:
+            axes.plot(x, y, label=label, color=colour)
+    if roc:
+        line = np.geomspace(_LEAST_FPR, 1, 50)
+        axes.plot(line, line, color="#9aa5b1", linestyle=":", label="a coin")
+        axes.set(xscale="log", yscale="log", xlim=(_LEAST_FPR, 1), ylim=(_LEAST_FPR, 1.05))
+        axes.set_xlabel("false-positive rate")
+        axes.set_ylabel("true-positive rate")
+    else:
+        axes.set_xlabel(row.curves[0].label)
+        axes.set_ylabel("share" if row.curves[0].kind == "histogram" else "")
+    axes.legend(loc="best")
+    caption = "Higher is a stronger attack; the dotted line is a coin's." if roc else row.title
+    alt = f"{row.title}: {row.results[0].metric} {_figure(row.results[0].value)}"
+    return plots.finish(figure, row.title, caption, alt)
