@@ -67,6 +67,12 @@ def audit(
     from securefl import store
 
     case = Case.open(_resolved(run), _profile(profile), own)
+    signed = case.folder / "audit.signatures.jsonl"
+    if signed.exists():
+        raise ConfigurationError(
+            f"{signed} is under an audit that a new one would replace: move audit.json, audit.html "
+            "and the signatures elsewhere first"
+        )
     names = list(dict.fromkeys(only)) if only else None
     with _bars() as told:
         found = assess_all(case, names, seed=seed, workers=workers, told=told)
