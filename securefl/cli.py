@@ -27,10 +27,20 @@ from securefl import (
     deployment_cli,
     doctor_cli,
     ledger_cli,
+    report_cli,
     site_cli,
 )
 from securefl.config import ConfigurationError
-from securefl.terminal import Format, OneLineErrors, print_json, say, told
+from securefl.terminal import (
+    LATEST,
+    Format,
+    OneLineErrors,
+    OutputFormat,
+    RunDirectory,
+    print_json,
+    say,
+    told,
+)
 
 # torch, matplotlib and rich are imported where they are used: `securefl --help` is quick.
 if TYPE_CHECKING:
@@ -43,7 +53,6 @@ if TYPE_CHECKING:
     from securefl.runs import Progress, Run
 
 GROUP = "securefl.commands"
-LATEST = Path("runs", "latest")
 
 
 app = typer.Typer(
@@ -65,8 +74,6 @@ Directory = Annotated[
     Path | None,
     typer.Option(help="Run directory to make.  [default: runs/NAME-DATE-TIME]"),
 ]
-OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.")]
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -146,16 +153,7 @@ def run(
     _follow(lambda progress: runs.resume(resume, progress=progress), lambda: resume, output)
 
 
-@app.command()
-def report(
-    directory: RunDirectory = LATEST,
-    output: OutputFormat = Format.text,
-) -> None:
-    """Write report.html from what a finished run recorded."""
-    from securefl.report import write_report
-
-    path = write_report(directory)
-    print_json({"report": str(path)}) if output is Format.json else typer.echo(str(path))
+app.add_typer(report_cli.app, name="report")
 
 
 @app.command()

@@ -63,6 +63,8 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    if not end:  # a new file's name lasts once its folder is synced
+        _sync_folder(path.parent)
 
 
 def whole_lines(path: Path) -> list[str]:

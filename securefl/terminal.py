@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import traceback
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -18,6 +19,11 @@ class Format(StrEnum):
 
     text = "text"
     json = "json"
+
+
+LATEST: Final = Path("runs", "latest")
+OutputFormat = Annotated[Format, typer.Option("--format", help="How to write the result.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
 class OneLineErrors(TyperGroup):
@@ -34,10 +40,19 @@ class OneLineErrors(TyperGroup):
         except Exception as error:
             if hasattr(error, "exit_code"):  # typer's own: usage errors and typer.Exit
                 raise
-            if ctx.params.get("debug"):
+            if ctx.find_root().params.get("debug"):
                 traceback.print_exception(error)
             say(told(error))
             raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from None
+
+
+class FirstByDefault(OneLineErrors):
+    """A group whose first command is meant where the first argument names none of its commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = [next(iter(self.commands)), *args]
+        return super().parse_args(ctx, args)
 
 
 def told(error: Exception) -> str:
