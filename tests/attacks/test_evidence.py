@@ -107,6 +107,20 @@ def test_auc_and_curve_are_scikit_learns_with_ties_counted_half(rows: list) -> N
     assert np.trapezoid(curve.tpr, curve.fpr) == pytest.approx(roc.auc)
 
 
+def test_a_thinned_curve_keeps_its_ends_and_its_lowest_rates() -> None:
+    rng = np.random.default_rng(4)
+    whole = Roc(rng.normal(1, 1, 5000), rng.normal(0, 1, 5000)).curve()
+    thin = whole.thinned(400)
+    assert 200 < thin.fpr.size <= 400
+    assert (thin.fpr[0], thin.tpr[0], thin.fpr[-1], thin.tpr[-1]) == (0, 0, 1, 1)
+    assert {1 / 5000, 2 / 5000, 3 / 5000} <= set(thin.fpr.round(9))
+    assert set(zip(thin.fpr, thin.tpr, strict=True)) <= set(zip(whole.fpr, whole.tpr, strict=True))
+    assert np.interp(0.1, thin.fpr, thin.tpr) == pytest.approx(
+        np.interp(0.1, whole.fpr, whole.tpr), abs=0.01
+    )
+    assert thin.thinned(400) is thin
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.8, 2.0])
 def test_delong_covers_the_true_auc_as_often_as_it_says(shift: float) -> None:
     rng = np.random.default_rng(11)
@@ -561,7 +575,7 @@ def test_equal_normals_apart_by_mu_are_mu_gdp(mu: float) -> None:
     assert evidence.normal_epsilon(null, null, 1e-5) == 0
 
 
-# Andrew et al. 2023 audit the Gaussian mechanism with these sigmas and delta 1e-6.
+# sigma of the Gaussian mechanism and its epsilon at delta 1e-6
 SIGMAS = [(4.22, 1.0), (1.54, 3.0), (0.541, 10.0)]
 
 
@@ -582,7 +596,7 @@ def test_the_estimate_tends_to_the_gaussian_mechanisms_epsilon(
 
 
 def test_random_canaries_cosines_with_a_noised_sum_are_the_normals_that_are_fitted() -> None:
-    """Andrew et al., Theorem 3.1, in small: 10,000 dimensions, 200 canaries, 200 held out."""
+    """What Andrew et al. rest on, in small: 10,000 dimensions, 200 canaries, 200 held out."""
     rng = np.random.default_rng(9)
     dimension, n, sigma = 10_000, 200, 0.541
     canaries = rng.normal(size=(2 * n, dimension))
