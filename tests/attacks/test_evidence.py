@@ -133,6 +133,17 @@ def test_delong_covers_the_true_auc_as_often_as_it_says(shift: float) -> None:
     assert missed >= 400 * 0.05  # and not by being wide
 
 
+def test_delongs_interval_is_its_definition_over_all_pairs() -> None:
+    rng = np.random.default_rng(12)
+    members, others = rng.normal(1, 1, 20).round(1), rng.normal(0, 1, 300).round(1)
+    wins = (members[:, None] > others) + 0.5 * (members[:, None] == others)
+    error = math.sqrt(wins.mean(1).var(ddof=1) / 20 + wins.mean(0).var(ddof=1) / 300)
+    interval = Roc(members, others).auc_interval()
+    assert interval.method == "DeLong"
+    assert interval.low == pytest.approx(wins.mean() - 1.959964 * error, abs=1e-6)
+    assert interval.high == pytest.approx(wins.mean() + 1.959964 * error, abs=1e-6)
+
+
 def test_perfect_separation_is_no_certainty() -> None:
     interval = Roc(np.arange(10, 30), np.arange(10)).auc_interval()
     assert interval.high == 1
@@ -422,8 +433,9 @@ def test_the_highest_are_guessed_members_and_the_lowest_non_members(
         assert values[told == -1].max() <= values[told != -1].min(initial=9)
 
 
-def test_a_file_sorted_by_membership_gains_nothing_from_equal_scores() -> None:
-    coins = np.arange(400) < 200
+@pytest.mark.parametrize("members_first", [True, False])
+def test_a_file_sorted_by_membership_gains_nothing_from_equal_scores(members_first: bool) -> None:
+    coins = (np.arange(400) < 200) == members_first
     rng = np.random.default_rng(8)
     audits = [evidence.audit(np.zeros(400), coins, 1e-5, 0.0, rng=rng) for _ in range(100)]
     assert consistent(sum(one.alarm for one in audits), 100, 0.05)
@@ -526,6 +538,10 @@ def test_an_audit_says_what_it_could_have_seen_and_is_corrected_for_what_it_trie
     assert one.p_value == evidence.p_value(M, M, one.v, 1.0, 1e-5)
     assert one.bound == evidence.get_eps_audit(M, M, one.v, 1e-5, 1 - 0.95)
     assert three.p_value == pytest.approx(3 * one.p_value)
+    mu = evidence.gaussian_mu(1.0, 1e-5)
+    assert one.gaussian_p_value == evidence.gaussian_p_value(M, M, one.v, mu) < one.p_value
+    assert three.gaussian_p_value == pytest.approx(3 * one.gaussian_p_value)
+    assert one.gaussian_bound == evidence.get_gaussian_eps_audit(M, M, one.v, 1e-5, 1 - 0.95)
     assert three.bound == evidence.get_eps_audit(M, M, one.v, 1e-5, (1 - 0.95) / 3) < one.bound
     assert one.limit == evidence.largest_bound(M, M, 1e-5, 1 - 0.95) > one.bound
 
