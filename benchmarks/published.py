@@ -12,12 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from attacks import evidence
-
-SEED = 1
-SIMULATIONS = 50
 
 
 @dataclass(frozen=True)
@@ -41,27 +36,8 @@ def one_run_bounds() -> Iterator[Row]:
         yield Row(what, f"{source}, {place}", paper, round(ours, 4), note)
 
 
-def gaussian_epsilons() -> Iterator[Row]:
-    """The Gaussian mechanisms of Andrew et al.: their epsilon, and what canaries estimate."""
-    source = "Andrew et al. 2023, arXiv 2302.03098, the Gaussian mechanism"
-    rng = np.random.default_rng(SEED)
-    null = evidence.Normal(0.0, 1.0)
-    for sigma, paper in ((4.22, 1.0), (1.54, 3.0), (0.541, 10.0)):
-        ours = evidence.gaussian_epsilon(1 / sigma, 1e-6)
-        yield Row(f"epsilon of sigma {sigma}, delta 1e-6", source, paper, round(ours, 3))
-        told = [
-            evidence.estimate_epsilon(rng.normal(1 / sigma, 1, 1000), null, 1e-6).epsilon
-            for _ in range(SIMULATIONS)
-        ]
-        what = f"epsilon of sigma {sigma} as 1,000 canaries estimate it"
-        note = f"mean of {SIMULATIONS} draws of the limiting normals, deviation {np.std(told):.2f}"
-        yield Row(
-            what, f"{source}: the analytical value", paper, round(float(np.mean(told)), 2), note
-        )
-
-
 def main() -> None:
-    rows = [*one_run_bounds(), *gaussian_epsilons()]
+    rows = [*one_run_bounds()]
     print(json.dumps([asdict(row) for row in rows], indent=2))
 
 

@@ -107,6 +107,20 @@ def test_auc_and_curve_are_scikit_learns_with_ties_counted_half(rows: list) -> N
     assert np.trapezoid(curve.tpr, curve.fpr) == pytest.approx(roc.auc)
 
 
+def test_a_thinned_curve_keeps_its_ends_and_its_lowest_rates() -> None:
+    rng = np.random.default_rng(4)
+    whole = Roc(rng.normal(1, 1, 5000), rng.normal(0, 1, 5000)).curve()
+    thin = whole.thinned(400)
+    assert 200 < thin.fpr.size <= 400
+    assert (thin.fpr[0], thin.tpr[0], thin.fpr[-1], thin.tpr[-1]) == (0, 0, 1, 1)
+    assert {1 / 5000, 2 / 5000, 3 / 5000} <= set(thin.fpr.round(9))
+    assert set(zip(thin.fpr, thin.tpr, strict=True)) <= set(zip(whole.fpr, whole.tpr, strict=True))
+    assert np.interp(0.1, thin.fpr, thin.tpr) == pytest.approx(
+        np.interp(0.1, whole.fpr, whole.tpr), abs=0.01
+    )
+    assert thin.thinned(400) is thin
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.8, 2.0])
 def test_delong_covers_the_true_auc_as_often_as_it_says(shift: float) -> None:
     rng = np.random.default_rng(11)
@@ -117,6 +131,17 @@ def test_delong_covers_the_true_auc_as_often_as_it_says(shift: float) -> None:
     )
     assert consistent(missed, 400, 0.12)  # asymptotic: two points more than it says
     assert missed >= 400 * 0.05  # and not by being wide
+
+
+def test_delongs_interval_is_its_definition_over_all_pairs() -> None:
+    rng = np.random.default_rng(12)
+    members, others = rng.normal(1, 1, 20).round(1), rng.normal(0, 1, 300).round(1)
+    wins = (members[:, None] > others) + 0.5 * (members[:, None] == others)
+    error = math.sqrt(wins.mean(1).var(ddof=1) / 20 + wins.mean(0).var(ddof=1) / 300)
+    interval = Roc(members, others).auc_interval()
+    assert interval.method == "DeLong"
+    assert interval.low == pytest.approx(wins.mean() - 1.959964 * error, abs=1e-6)
+    assert interval.high == pytest.approx(wins.mean() + 1.959964 * error, abs=1e-6)
 
 
 def test_perfect_separation_is_no_certainty() -> None:
@@ -408,8 +433,9 @@ def test_the_highest_are_guessed_members_and_the_lowest_non_members(
         assert values[told == -1].max() <= values[told != -1].min(initial=9)
 
 
-def test_a_file_sorted_by_membership_gains_nothing_from_equal_scores() -> None:
-    coins = np.arange(400) < 200
+@pytest.mark.parametrize("members_first", [True, False])
+def test_a_file_sorted_by_membership_gains_nothing_from_equal_scores(members_first: bool) -> None:
+    coins = (np.arange(400) < 200) == members_first
     rng = np.random.default_rng(8)
     audits = [evidence.audit(np.zeros(400), coins, 1e-5, 0.0, rng=rng) for _ in range(100)]
     assert consistent(sum(one.alarm for one in audits), 100, 0.05)
@@ -512,6 +538,10 @@ def test_an_audit_says_what_it_could_have_seen_and_is_corrected_for_what_it_trie
     assert one.p_value == evidence.p_value(M, M, one.v, 1.0, 1e-5)
     assert one.bound == evidence.get_eps_audit(M, M, one.v, 1e-5, 1 - 0.95)
     assert three.p_value == pytest.approx(3 * one.p_value)
+    mu = evidence.gaussian_mu(1.0, 1e-5)
+    assert one.gaussian_p_value == evidence.gaussian_p_value(M, M, one.v, mu) < one.p_value
+    assert three.gaussian_p_value == pytest.approx(3 * one.gaussian_p_value)
+    assert one.gaussian_bound == evidence.get_gaussian_eps_audit(M, M, one.v, 1e-5, 1 - 0.95)
     assert three.bound == evidence.get_eps_audit(M, M, one.v, 1e-5, (1 - 0.95) / 3) < one.bound
     assert one.limit == evidence.largest_bound(M, M, 1e-5, 1 - 0.95) > one.bound
 
@@ -561,7 +591,7 @@ def test_equal_normals_apart_by_mu_are_mu_gdp(mu: float) -> None:
     assert evidence.normal_epsilon(null, null, 1e-5) == 0
 
 
-# Andrew et al. 2023 audit the Gaussian mechanism with these sigmas and delta 1e-6.
+# sigma of the Gaussian mechanism and its epsilon at delta 1e-6
 SIGMAS = [(4.22, 1.0), (1.54, 3.0), (0.541, 10.0)]
 
 
@@ -582,7 +612,7 @@ def test_the_estimate_tends_to_the_gaussian_mechanisms_epsilon(
 
 
 def test_random_canaries_cosines_with_a_noised_sum_are_the_normals_that_are_fitted() -> None:
-    """Andrew et al., Theorem 3.1, in small: 10,000 dimensions, 200 canaries, 200 held out."""
+    """What Andrew et al. rest on, in small: 10,000 dimensions, 200 canaries, 200 held out."""
     rng = np.random.default_rng(9)
     dimension, n, sigma = 10_000, 200, 0.541
     canaries = rng.normal(size=(2 * n, dimension))
