@@ -114,7 +114,7 @@ def verify(
             _print(one)
     found.require()
     if output is Format.text:
-        names = {one.signature.site for one in found.checked if one.signature and one.pinned}
+        names = {one.signature.site for one in found.checked if one.signature and one.trusted}
         typer.echo(f"{directory}: the audit is unchanged, and signed by {', '.join(sorted(names))}")
 
 
@@ -133,8 +133,8 @@ def _print(one: Checked) -> None:
         typer.echo(f"line {one.line} {one.fault}")
         return
     said = one.signature
-    trust = "pinned" if one.pinned else "NOT PINNED"
+    valid = "valid, by a pinned key" if one.trusted else "valid, by a key that is NOT PINNED"
     typer.echo(f"line {one.line}   {_signer(said.site, said.signatory)}")
     typer.echo(f"  at     {said.at[:19].replace('T', ' ')} (UTC, the signer's clock)")
-    typer.echo(f"  key    {said.key}   {trust}")
-    typer.echo(f"  {one.fault or 'valid  under the files as they are'}")
+    typer.echo(f"  key    {said.key}")
+    typer.echo(f"  {one.fault or valid}")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -75,15 +76,16 @@ class Audit:
         """
         if not run.is_dir():
             raise ConfigurationError(f"{run} is not a run directory")
+        again = f"`securefl audit {shlex.quote(str(run))}`"
         findings, page = _contents(run / AUDIT), _contents(run / PAGE)
         if findings is None or page is None:
             missing = run / (AUDIT if findings is None else PAGE)
-            raise ConfigurationError(f"{missing} is not there: `securefl audit {run}` writes it")
+            raise ConfigurationError(f"{missing} is not there: {again} writes it")
         try:
             alarms = msgspec.json.decode(findings, type=_Findings).alarms
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise CorruptStoreError(
-                f"{run / AUDIT} is no audit: {error}; `securefl audit {run}` writes it anew"
+                f"{run / AUDIT} is no audit: {error}; {again} writes it anew"
             ) from None
         return cls(_sha256(findings), _sha256(page), None if alarms is None else len(alarms))
 
@@ -204,13 +206,14 @@ def trusted_keys(folder: Path | None, keys: Sequence[str]) -> Mapping[str, bytes
 class Checked:
     """A line of the file. signature: None where the line cannot be read.
 
-    pinned: whether the verifier pins this key for this site. fault: what is wrong with the line, or
-    with the files for it; empty where it is a valid signature under the files as they are.
+    fault: what is wrong with the line, or with the files for it; empty where it is a valid
+    signature under the files as they are. trusted: that, and by the key that the verifier pins for
+    the site.
     """
 
     line: int
     signature: Signature | None
-    pinned: bool
+    trusted: bool
     fault: str
 
 
@@ -234,7 +237,7 @@ class Verification:
 
 
 def verify(run: Path, pinned: Mapping[str, bytes]) -> Verification:
-    """Check every signature under the audit of a run. pinned: by site, 32 bytes, as `trusted_keys` tells.
+    """Check every signature under the audit of a run. pinned: keys of 32 bytes by site.
 
     Raises ConfigurationError where `run` is no directory, or a file cannot be read.
     """
@@ -259,23 +262,29 @@ def _checked(
         signature = _decoded(line)
     except ValueError as error:
         return Checked(number, None, False, printable(f"is no signature ({error}): {_ANEW}"))
-    site, key = signature.site, bytes.fromhex(signature.key)
-    known = pinned.get(site) == key
-    fault = ""
+    fault = _fault(signature, hashes, pinned)
+    trusted = not fault and pinned.get(signature.site) == bytes.fromhex(signature.key)
+    return Checked(number, signature, trusted, fault)
+
+
+def _fault(
+    signature: Signature, hashes: Mapping[str, str | None], pinned: Mapping[str, bytes]
+) -> str:
+    """What is wrong with a line that can be read; empty where nothing is."""
+    site = signature.site
     try:
         signature.check()
     except ProtocolError:
-        known, fault = False, f"says {site} and is not signed by the key that it names: {_ANEW}"
-    if not fault and not known and site in pinned:
-        fault = f"is signed by another key than the one that is pinned for {site}: ask its people"
-    elif not fault and not known and key in pinned.values():
-        [owner] = (name for name, one in pinned.items() if one == key)
-        fault = f"says {site} and is signed by the key that is pinned for {owner}: ask its people"
-    for name, then in ((AUDIT, signature.findings), (PAGE, signature.page)):
-        if not fault and hashes[name] != then:
-            what = "is gone" if hashes[name] is None else "was changed"
-            fault = f"fits no longer: {name} {what} after {site} signed it; {_BACK}"
-    return Checked(number, signature, known, fault)
+        return f"says {site} and is not signed by the key that it names: {_ANEW}"
+    for name, key in pinned.items():
+        if (name == site) != (key.hex() == signature.key):
+            what = "another key than the one" if name == site else "the key"
+            return f"says {site} and is signed by {what} that you pin for {name}: ask its people"
+    for file, then in ((AUDIT, signature.findings), (PAGE, signature.page)):
+        if hashes[file] != then:
+            what = "is gone" if hashes[file] is None else "was changed"
+            return f"fits no longer: {file} {what} after {site} signed it; {_BACK}"
+    return ""
 
 
 _ANEW: Final = "get the file again, or take the line out and sign anew"
@@ -285,11 +294,11 @@ _BACK: Final = f"get the files back as they were, or move {SIGNATURES} away and 
 def _wrong(checked: Sequence[Checked], run: Path, pinned: Mapping[str, bytes]) -> str:
     """What is wrong with all of it, the worst first."""
     if not checked:
-        return f"nobody signed: `securefl report sign {run} --site FOLDER` does"
+        return f"nobody signed: `securefl report sign {shlex.quote(str(run))} --site FOLDER` does"
     for one in checked:
         if one.fault:
             return f"line {one.line} {one.fault}"
-    if any(one.pinned for one in checked):
+    if any(one.trusted for one in checked):
         return ""
     if not pinned:
         return (
