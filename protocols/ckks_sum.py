@@ -7,9 +7,9 @@
               otherwise
 
 What users of TenSEAL know, with the steps of bfv and what bfv stops: an honest-but-curious server
-that colludes with no site, and no more. An upload is eight times as long. That what a site opens
-does not tell the key depends on the flooding (`protocols.ckks.Parameters`); under bfv, whose
-decryptions are exact by proof, there is nothing to flood.
+that colludes with no site, and no more. That what a site opens does not tell the key, and so every
+update, depends on flooding and rounding (`protocols.ckks.Parameters`); under bfv, whose decryptions
+are exact by themselves, there is nothing to flood, and uploads are an eighth as long.
 """
 
 from __future__ import annotations
