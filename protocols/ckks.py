@@ -41,6 +41,8 @@ BLOCK_SLOTS: Final = DEGREE // 2
 PRIME_BITS: Final = (60, 40)
 PRIMES: Final = (1152921504606830593, 1099510890497)
 SCALE: Final = 2.0**60
+MOST_PLAIN_BITS: Final = 37
+"""The largest p; what doubles carry decides it, not how many are added."""
 LEAST_FLOODING_BITS: Final = 30
 
 _CHAIN_BITS: Final = (*PRIME_BITS, 40)
@@ -51,17 +53,9 @@ _C0_BYTES: Final = 8 * DEGREE * len(PRIMES)
 _SEED_OFFSET: Final = C0_OFFSET + _C0_BYTES + HEADER_BYTES + 1
 _MODULI: Final = np.array(PRIMES, np.uint64).reshape(-1, 1)
 
-_SUM_BITS: Final = 37
 _VARIANCE: Final = 10.5  # of one coefficient of a fresh error: 42 coins of +-1/2
 _MOST_ERROR: Final = 21
 _DOUBLE: Final = 2.0**-46  # relative l2 error of a transform of 8192 points in doubles
-
-
-def largest_plain_bits(additions: int) -> int:
-    """The largest p for which a sum of `additions` ciphertexts opens to the exact sum mod 2^p."""
-    if additions < 1:
-        raise ValueError(f"additions = {additions}: use at least 1")
-    return ((1 << _SUM_BITS) // additions).bit_length() - 1
 
 
 @final
@@ -72,16 +66,20 @@ class Parameters:
     A key is shared by `additions` sites at most, each of which opens one sum at most, so a key
     answers for tau = blocks * additions decryptions.
 
+    Precondition of exactness: slots are integers v modulo 2^p with |v| <= 2^(p-1), and the largest
+    of each vector, without one slot a block that may sum to 2^p, sum to 2^(p-1) at most. Encodings
+    whose sums do not wrap keep it.
+
     Formal Guarantees.
 
     Exactness: with probability 1 - 2^-64 every slot of every sum opened under one key is the sum
-    of what was encrypted modulo 2^p, so the error beside a sum in clear is none. A slot holds an
-    integer in [-2^(p-1), 2^(p-1)) at scale D = 2^60. What n = `additions` ciphertexts add to it,
-    at scale D, is at most `_slack`: errors and roundings, n * 21.5 * N + N; and double arithmetic
-    of the encoder and the decoder, 2^-46 in l2 norm each (Higham 2002, theorem 24.2, with 13
-    levels), of polynomials whose l2 norms sum to n * 2^(p-1) * D, times sqrt(N) from coefficients
-    to slots. `deviation` is the largest whose noise with this probability stays below
-    D / 2 - slack in every slot, by the Gaussian tail and the union bound.
+    of what was encrypted modulo 2^p: the error beside a sum in clear is none. A slot holds its v at
+    scale D = 2^60. What n = `additions` ciphertexts add to it, at scale D, is at most `_slack`:
+    errors and roundings, n * 21.5 * N + N; and double arithmetic of the encoder and the decoder,
+    2^-46 in l2 norm each (Higham 2002, theorem 24.2, with 13 levels), of polynomials whose l2 norms
+    sum to 2^(p-1) * (1 + 1/32) * D, times sqrt(N) from coefficients to slots. `deviation` is the
+    largest whose noise with this probability stays below D / 2 - slack in every slot, by the
+    Gaussian tail and the union bound.
 
     Flooding: to every decrypted polynomial a Gaussian of standard deviation `deviation` in each of
     its N coefficients is added before it is decoded: sqrt(12 tau) * 2^(s/2) * t with s =
@@ -100,13 +98,10 @@ class Parameters:
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise ValueError(f"slots = {self.slots}: use at least 1")
-        if self.plain_bits < 2:
-            raise ValueError(f"plain_bits = {self.plain_bits}: use at least 2")
-        if self.plain_bits > largest_plain_bits(self.additions):
-            raise ValueError(
-                f"a sum of {self.additions} ciphertexts modulo 2^{self.plain_bits} could open to "
-                f"another one: use plain_bits <= {largest_plain_bits(self.additions)}"
-            )
+        if self.additions < 1:
+            raise ValueError(f"additions = {self.additions}: use at least 1")
+        if not 2 <= self.plain_bits <= MOST_PLAIN_BITS:
+            raise ValueError(f"plain_bits = {self.plain_bits}: use 2 to {MOST_PLAIN_BITS}")
         if self.flooding_bits < LEAST_FLOODING_BITS:
             raise ValueError(
                 f"CKKS sums of {self.slots} slots from {self.additions} sites are flooded at "
@@ -139,7 +134,7 @@ class Parameters:
     @property
     def _slack(self) -> float:
         exact = self.additions * (_MOST_ERROR + 0.5) * DEGREE + DEGREE
-        norms = self.additions * 2.0 ** (self.plain_bits - 1) + 1
+        norms = 2.0 ** (self.plain_bits - 1) * (1 + 1 / 32) + 1  # the 1 is the noise
         return exact + 2 * _DOUBLE * math.sqrt(DEGREE) * norms * SCALE
 
     @property

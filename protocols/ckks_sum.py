@@ -7,9 +7,9 @@
               otherwise
 
 What users of TenSEAL know, with the steps of bfv and what bfv stops: an honest-but-curious server
-that colludes with no site, and no more. An upload is eight times as long. That what a site opens
-does not tell the key depends on the flooding (`protocols.ckks.Parameters`); under bfv, whose
-decryptions are exact by proof, there is nothing to flood.
+that colludes with no site, and no more. That what a site opens does not tell the key, and so every
+update, depends on flooding and rounding (`protocols.ckks.Parameters`); under bfv, whose decryptions
+are exact by themselves, there is nothing to flood, and uploads are an eighth as long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocols import bfv_sum
-from protocols.ckks import Parameters, SecretKey, Sum, largest_plain_bits
+from protocols.ckks import MOST_PLAIN_BITS, Parameters, SecretKey, Sum
 from protocols.encoding import Aggregate, Encoding, FixedPoint
 from protocols.identity import Roster
 from protocols.keystream import Randomness, Seed
@@ -37,7 +37,8 @@ client_step4 = bfv_sum.client_step4
 
 def slot_bits(cohort: int) -> int:
     """Bits that a slot offers to a sum over `cohort` sites."""
-    return largest_plain_bits(cohort)
+    del cohort
+    return MOST_PLAIN_BITS
 
 
 def parameters(encoding: Encoding, length: int) -> Parameters:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
-from protocols import graph
+from protocols import ckks_sum, graph
 from protocols.catalogue import PROTOCOLS
 from protocols.encoding import Encoding, FixedPoint, Integers
 from protocols.graph import Thresholds
@@ -215,6 +215,16 @@ def encoding(experiment: Experiment, cohort: int, plan: Plan | None) -> Encoding
         )
     except ValueError as error:
         raise ConfigurationError(f"protocol: {error}") from None
+
+
+def check_length(experiment: Experiment, cohort: int, plan: Plan | None, parameters: int) -> None:
+    """ConfigurationError unless the protocol carries the updates of a model of this size."""
+    chosen = encoding(experiment, cohort, plan)
+    if experiment.protocol.name == "ckks":
+        try:
+            ckks_sum.parameters(chosen, clipping.upload_length(experiment, parameters))
+        except ValueError as error:
+            raise ConfigurationError(f"protocol: {error}") from None
 
 
 def _field_bits(experiment: Experiment, plan: RecordDistributed | SiteDistributed) -> int:

@@ -382,11 +382,11 @@ class Encryption(Section):
     `graph`: with "auto" more than 200 sites mask with some neighbours only, which withstands a
     server that follows the protocol; "complete" withstands an active one, at n^2 pairs' work.
     `reveal`: who learns the sum; under "sites" (masked-bfv) sites hold the model, the server none.
-    `openers`: how many sites must open a sum, each by itself, and agree (bfv and masked-bfv).
+    `openers`: how many sites must open a sum, each by itself, and agree (bfv, ckks, masked-bfv).
     """
 
-    name: Literal["plain", "bfv", "secagg", "masked-bfv"] = "masked-bfv"
-    """What "plain" sends is open; "bfv" encrypts, "secagg" masks, "masked-bfv" does both."""
+    name: Literal["plain", "bfv", "ckks", "secagg", "masked-bfv"] = "masked-bfv"
+    """What "plain" sends is open; "bfv" and "ckks" encrypt, "secagg" masks, "masked-bfv" both."""
     bits: Annotated[int, Field(ge=2, le=24)] = 16
     """Of a coordinate of an update; with distributed noise the plan chooses them."""
     clip: Clip = 1.0
@@ -404,10 +404,10 @@ class Encryption(Section):
                 f'reveal = "sites" but name = "{self.name}": only "masked-bfv" keeps the sum from '
                 "the server; use it, or leave reveal out"
             )
-        if self.openers > 1 and self.name not in ("bfv", "masked-bfv"):
+        if self.openers > 1 and self.name not in ("bfv", "ckks", "masked-bfv"):
             raise ValueError(
                 f'openers = {self.openers} but under name = "{self.name}" no site opens a sum: use '
-                '"bfv" or "masked-bfv", or leave openers out'
+                '"masked-bfv", "bfv" or "ckks", or leave openers out'
             )
         if self.openers > 1 and self.reveal == "sites":
             raise ValueError(
@@ -702,7 +702,7 @@ class Policy(Section):
     units: tuple[Protected, ...] | None = None
     noise: tuple[Literal["local", "distributed"], ...] = ("local", "distributed")
     minimum_noise: Annotated[float, Field(ge=0, le=1e6)] = 0.5
-    protocols: tuple[Literal["plain", "bfv", "secagg", "masked-bfv"], ...] = (
+    protocols: tuple[Literal["plain", "bfv", "ckks", "secagg", "masked-bfv"], ...] = (
         "masked-bfv",
         "secagg",
     )

@@ -79,8 +79,9 @@ def assemble(experiment: Experiment) -> Consortium:
         features = Features.of(made)
     agreement.thresholds(experiment, len(sites))
     module = models.build(experiment.model, features.shape, features.outputs, experiment.seed)
-    plan = agreement.plan(experiment, len(sites), models.layout(module).size)
-    agreement.encoding(experiment, len(sites), plan)
+    size = models.layout(module).size
+    plan = agreement.plan(experiment, len(sites), size)
+    agreement.check_length(experiment, len(sites), plan, size)
     for key, named in (
         ("aggregation.weights", experiment.aggregation.weights),
         ("transcript.consent", experiment.transcript.consent),

@@ -95,7 +95,7 @@ def _rules(
     if plan is not None:
         noise, least = noise_multiplier(plan), site.policy.minimum_noise
         yield _Rule("policy.minimum_noise", noise < least, f"{noise:.4g}", f"at least {least:g}")
-    agreement.encoding(experiment, sites, plan)
+    agreement.check_length(experiment, sites, plan, dimension)
 
 
 def _plan(experiment: Experiment, sites: int, dimension: int) -> Plan | None:
@@ -226,7 +226,7 @@ def _of_protocol(site: Site, experiment: Experiment, sites: int) -> Iterator[_Ru
     policy, protocol = site.policy, experiment.protocol
     yield _among("policy.protocols", protocol.name, policy.protocols)
     yield _among("policy.reveal", protocol.reveal, policy.reveal)
-    one_opens = protocol.name in ("bfv", "masked-bfv") and protocol.reveal == "server"
+    one_opens = protocol.name in ("bfv", "ckks", "masked-bfv") and protocol.reveal == "server"
     openers = policy.minimum_openers
     yield _Rule(
         "policy.minimum_openers",
@@ -443,9 +443,9 @@ class Asked:
         name, least = protocol.name, self.thresholds.minimum
         if name == "plain":
             return "plain: it hides nothing. The server reads this site's every update."
-        if name == "bfv":
+        if name in ("bfv", "ckks"):
             return (
-                "bfv: a server that follows the protocol and colludes with no site learns only "
+                f"{name}: a server that follows the protocol and colludes with no site learns only "
                 f"the sum over {least} or more sites. Together with one site it can read this "
                 "site's every update."
             )
@@ -552,6 +552,7 @@ class Asked:
         upload = {
             "plain": "one update in the clear",
             "bfv": "one encrypted update",
+            "ckks": "one encrypted update",
             "secagg": "one masked update",
             "masked-bfv": "one masked and encrypted update",
         }[self.experiment.protocol.name]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+from protocols import ckks_sum
 from protocols.bfv import Parameters
 from protocols.encoding import Encoding
 from securefl import agreement, config
@@ -81,4 +82,6 @@ def upload_bytes(protocol: config.Encryption, encoding: Encoding, sites: int, le
     slots = encoding.slots(length)
     if protocol.name in ("plain", "secagg"):
         return -(-slots * encoding.plain_bits // 8)
+    if protocol.name == "ckks":
+        return ckks_sum.parameters(encoding, length).upload_bytes
     return Parameters(encoding.plain_bits, sites).upload_bytes(slots)

@@ -85,6 +85,16 @@ GUARANTEES: Mapping[str, Guarantee] = {
         "so together they can open any single update. An active server: it can have a site open a "
         "sum of its choice, and the sum it announces has no integrity.",
     ),
+    "ckks": Guarantee(
+        layers="integer encoding, CKKS encryption, noise that floods its error",
+        story="Each site encrypted its update before it left the site. The server added "
+        "ciphertexts it holds no key for; only the sum over the sites was ever opened, by a site, "
+        "once a round, under noise that hides what a decryption tells of the key, and rounded.",
+        stops="A server that follows the protocol, reads all it gets, and colludes with no site. "
+        "The sum is exact, except with probability 2^-64 a round.",
+        fails="As bfv: a site that colludes with the server opens any single update, and an active "
+        "server has a site open a sum of its choice.",
+    ),
     "secagg": Guarantee(
         layers="integer encoding, masks",
         story="Each site hid its update under masks that cancel in the sum. The server added what "

@@ -177,7 +177,7 @@ def test_a_fault_holds_no_escape_and_no_flood_of_the_peer(small: Small) -> None:
     assert len(outcome.faults["b"]) < 1000
 
 
-@pytest.mark.parametrize("protocol", ["plain", "bfv", "secagg", "masked-bfv"])
+@pytest.mark.parametrize("protocol", ["plain", "bfv", "ckks", "secagg", "masked-bfv"])
 def test_a_malicious_site_is_not_bounded_by_the_clip(protocol: str, small: Small) -> None:
     """Fields of a slot are as wide as the sum: one site moves the mean by more than the clip."""
     game = small(protocol, "abcde", length=4)

@@ -678,7 +678,7 @@ def test_a_server_that_forwards_another_cohort_gets_nothing(small: Small) -> Non
 
 # Several openers
 
-OPENED = pytest.mark.parametrize("protocol", ["bfv", "masked-bfv"])
+OPENED = pytest.mark.parametrize("protocol", ["bfv", "ckks", "masked-bfv"])
 
 
 def otherwise(game: Any, *liars: str, alike: bool = False) -> Any:

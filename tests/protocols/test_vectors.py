@@ -20,14 +20,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
 
 import protocols
-from protocols import errors, messages
+from protocols import ckks, errors, messages
 from protocols.bfv import Parameters, SecretKey, Sum
 from protocols.bitpacking import unpack
 from protocols.encoding import FixedPoint
-from protocols.identity import Roster
-from protocols.keystream import Seed
+from protocols.identity import Roster, digest
+from protocols.keystream import Keystream, Seed
 from protocols.rounds import statement
 from protocols.sealing import ChannelKey, unseal
 from protocols.shamir import Share
@@ -151,6 +152,31 @@ def test_stored_ciphertexts_open_to_the_stored_slots() -> None:
     count = len(given["slots"])
     opened = open_sum({**given, "bytes": given["sum"], "slots": count, "contributions": 3})
     assert np.array_equal(opened, np.array(given["slots"], np.uint64))  # type: ignore[arg-type]
+
+
+def test_stored_ckks_ciphertexts_are_seeds_and_little_endian_residues() -> None:
+    """The layout of a block, as integers of one width a prime; their residues add up to the sum."""
+    given, blocks = vector("ckks_sum"), []
+    seeds, sums = b"", [np.zeros(ckks.DEGREE, np.uint64) for _ in ckks.PRIMES]
+
+    def stream(name: str) -> Keystream:
+        return Keystream(Seed(data(given["seed"])), "test vectors", name.encode())
+
+    def packed(values: NDArray[np.uint64], bits: int) -> bytes:
+        digits = "".join(f"{value:0{bits}b}" for value in reversed(values.tolist()))
+        return int(digits, 2).to_bytes(len(values) * bits // 8, "little")
+
+    for i in range(given["additions"]):
+        words, block = stream(f"ckks residues {i}"), stream(f"ckks seed {i}").bytes(64)
+        seeds += block
+        for row, (prime, bits) in enumerate(((1152921504606830593, 60), (1099510890497, 40))):
+            residues = words.words(ckks.DEGREE) % np.uint64(prime)
+            block += packed(residues, bits)
+            sums[row] = (sums[row] + residues) % np.uint64(prime)
+        blocks.append(digest("ckks ciphertext", block).hex())
+    assert blocks == given["ciphertexts"]
+    total = packed(sums[0], 60) + packed(sums[1], 40) + seeds
+    assert digest("ckks sum", total).hex() == given["sum"]
 
 
 def test_stored_digest_is_sha256_of_length_prefixed_fields() -> None:

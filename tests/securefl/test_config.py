@@ -90,11 +90,12 @@ SITE = '[privacy]\nunit = "site"\nepsilon = 1.0\ndelta = 1e-3\n'
         ("[protocol]\nbits = 64", ["protocol.bits = 64", "less than or equal to 24"]),
         ("[protocol]\nminimum_cohort = 1", ["protocol.minimum_cohort = 1", "equal to 2"]),
         ("[protocol]\nopeners = 0", ["protocol.openers = 0", "equal to 1"]),
-        ('[protocol]\nname = "secagg"\nopeners = 2', ["openers = 2", "no site opens", "bfv"]),
-        ('[protocol]\nname = "plain"\nopeners = 2', ["openers = 2", "no site opens", "bfv"]),
+        ('[protocol]\nname = "secagg"\nopeners = 2', ["openers = 2", "no site opens", "ckks"]),
+        ('[protocol]\nname = "plain"\nopeners = 2', ["openers = 2", "no site opens", "ckks"]),
         ('[protocol]\nreveal = "sites"\nopeners = 2', ["openers = 2", "every site opens"]),
         ('[protocol]\nreveal = "all"', ["protocol.reveal = 'all'", "server", "sites"]),
         ('[protocol]\nname = "bfv"\nreveal = "sites"', ['reveal = "sites"', '"masked-bfv"']),
+        ('[protocol]\nname = "ckks"\nreveal = "sites"', ['reveal = "sites"', '"masked-bfv"']),
         ('[protocol]\nname = "secagg"\nreveal = "sites"', ['reveal = "sites"', '"masked-bfv"']),
         ('[protocol]\nname = "plain"\nreveal = "sites"', ['reveal = "sites"', '"masked-bfv"']),
         ("[pruning]\nsparsity = 1.0", ["pruning.sparsity = 1.0", "less than 1"]),
@@ -182,7 +183,7 @@ def test_nothing_is_private_without_a_plan_or_with_a_test_seed():
 
 
 @pytest.mark.parametrize("section", [SHARED, SITE], ids=["record", "site"])
-@pytest.mark.parametrize("protocol", ["plain", "bfv"])
+@pytest.mark.parametrize("protocol", ["plain", "bfv", "ckks"])
 def test_distributed_noise_is_refused_where_single_updates_can_be_seen(section, protocol):
     """One site's vector has too little noise; only masks keep everyone from seeing it."""
     text = section + f'[protocol]\nname = "{protocol}"\n'
@@ -381,7 +382,7 @@ delta = 1e-5
         (NORTH + "[policy]\nmaximum_epsilon = 4", ["above budget.epsilon = 3", "leave it out"]),
         (NORTH + "[policy]\nmaximum_delta = 1e-4", ["above budget.delta = 1e-05"]),
         (NORTH + '[policy]\nunits = ["person"]', ["cannot count", 'use "record" or "site"']),
-        (NORTH + '[policy]\nprotocols = ["ckks"]', ["policy.protocols.0 = 'ckks'", "secagg"]),
+        (NORTH + '[policy]\nprotocols = ["rsa"]', ["policy.protocols.0 = 'rsa'", "secagg"]),
         (NORTH + '[policy]\nprivacy = "off"', ["policy.privacy = 'off'", "optional"]),
         (NORTH + '[policy]\nconsent = "never"', ["policy.consent = 'never'", "standing"]),
         (NORTH + "[policy]\nminimum_cohort = 1", ["policy.minimum_cohort = 1", "2"]),

@@ -33,7 +33,7 @@ from securefl.store import CorruptStoreError, SiteStore
 
 ALL = pytest.mark.parametrize("protocol", list(PROTOCOLS))
 BOTH = pytest.mark.parametrize("protocol", ["plain", "masked-bfv"])
-HIDING = pytest.mark.parametrize("protocol", ["bfv", "secagg", "masked-bfv"])
+HIDING = pytest.mark.parametrize("protocol", ["bfv", "ckks", "secagg", "masked-bfv"])
 
 
 def demo(*overrides: str) -> Experiment:
@@ -331,7 +331,7 @@ def test_a_checkpoint_of_a_blind_server_that_is_damaged_is_one_line(small, tmp_p
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("protocol", "openers"), [("bfv", 2), ("masked-bfv", 3)])
+@pytest.mark.parametrize(("protocol", "openers"), [("bfv", 2), ("ckks", 2), ("masked-bfv", 3)])
 def test_several_sites_open_where_the_experiment_says_so(small, tmp_path, protocol, openers):
     overrides = (f"protocol.name={protocol}", f"protocol.openers={openers}")
     experiment = small(*overrides, "rounds=2")
@@ -655,7 +655,7 @@ def test_nothing_secret_is_in_the_run_directory(small, private, tmp_path, monkey
     he_seeds = [secret for secret in secrets if len(secret) == 64]
     assert len(he_seeds) == (0 if protocol == "secagg" else 2)  # one a round
     assert len(secrets) > 10
-    assert len(mask_shares) == len(own_shares) == (0 if protocol == "bfv" else 2 * 3 * 3)
+    assert len(mask_shares) == len(own_shares) == (2 * 3 * 3 if PROTOCOLS[protocol].masked else 0)
     files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert any(session in data for data in files.values() for session in public)  # it finds things
     for secret in secrets | mask_shares:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from protocols import bfv_sum, masked_bfv, masks, plain, secagg, shamir
+from protocols import bfv_sum, ckks, masked_bfv, masks, plain, secagg, shamir
 from protocols.bfv import MODULUS, SEED_BYTES, Parameters, SecretKey, Sum
 from protocols.bitpacking import pack, unpack
 from protocols.encoding import FixedPoint
@@ -55,6 +55,7 @@ ENCODING = FixedPoint(8, 1.0, 3, 30, weight_cap=4, weight_slot=True)
 VALUES = (0.0, 1.0, -1.0, 0.5, -0.5, 0.001, -0.001, 3.0, -3.0, 0.3333333333333333, 0.75)
 BFV_SLOTS, BFV_BITS = 20, 44
 BFV = Parameters(BFV_BITS, len(SITES))
+CKKS = ckks.Parameters(20, len(SITES), 8)
 WIDTHS = (1, 5, 8, 20, 33, 54, 64)
 
 Vectors = dict[str, dict[str, Any]]
@@ -125,6 +126,7 @@ def known_answers() -> Vectors:
         "plain_upload": plain_upload(),
         "bfv_sealed_seeds": sealed_seeds(),
         "bfv_sum": bfv(),
+        "ckks_sum": ckks_opening(),
         "shamir": shamir_shares(),
         "masks": mask_streams(),
         "mask_advertisement": mask_advertisement(),
@@ -319,6 +321,32 @@ def bfv() -> dict[str, Any]:
         "ciphertexts": [wire.hex() for wire in wires],
         "sum": total.to_bytes().hex(),
         "slots": opened.tolist(),
+    }
+
+
+def ckks_opening() -> dict[str, Any]:
+    """Uniform ciphertexts of 100 KB, told by how they are drawn, and what their sum opens to.
+
+    Uniform ones open to uniform slots: what any key, seed, residue or byte order that were another
+    would change.
+    """
+    wires = []
+    for i in range(len(SITES)):
+        words, wire = stream(f"ckks residues {i}"), stream(f"ckks seed {i}").bytes(SEED_BYTES)
+        for prime, bits in zip(ckks.PRIMES, ckks.PRIME_BITS, strict=True):
+            wire += pack(words.words(ckks.DEGREE) % np.uint64(prime), bits).tobytes()
+        wires.append(wire)
+    total = ckks.Sum(CKKS)
+    for wire in wires:
+        total.add(wire)
+    key = ckks.SecretKey(Seed(MATERIAL), CKKS)
+    return {
+        "seed": MATERIAL.hex(),
+        "plain_bits": CKKS.plain_bits,
+        "additions": CKKS.additions,
+        "ciphertexts": [digest("ckks ciphertext", wire).hex() for wire in wires],
+        "sum": digest("ckks sum", total.to_bytes()).hex(),
+        "slots": key.open(total.to_bytes(), CKKS.slots, len(wires)).tolist(),
     }
 
 

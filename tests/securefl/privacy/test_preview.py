@@ -32,6 +32,17 @@ def test_the_preview_is_what_a_run_would_use(noise: str, batch: int) -> None:
     assert shown.bytes_up == size / 100
 
 
+def test_under_ckks_a_preview_counts_whole_blocks_and_a_model_too_large_is_one_line() -> None:
+    experiment = config.parse("", [*PLANNED, "protocol.name=ckks", "privacy.expected_batch=20"])
+    assert preview(experiment, 5, 5000).bytes_up == 2 * (64 + 8192 * 100 // 8) / 5000
+    agreement.check_length(experiment, 5, None, 5000)
+    with pytest.raises(ConfigurationError, match="use a smaller model") as caught:
+        agreement.check_length(experiment, 5, None, 10**17)
+    assert "\n" not in str(caught.value)
+    encrypted = config.parse("", [*PLANNED, "protocol.name=bfv", "privacy.expected_batch=20"])
+    agreement.check_length(encrypted, 5, None, 10**17)
+
+
 def test_a_preview_of_whole_updates_says_whether_they_are_rotated() -> None:
     asked = ["privacy", "plan", "--site", "--epsilon", "50", "--records", "1", "--sites", "20"]
     asked += ["--delta", "1e-3", "--rounds", "3"]
