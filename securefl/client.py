@@ -22,7 +22,7 @@ from protocols.keystream import Keystream, Randomness, Seed
 from protocols.masked_bfv import Revealed
 from protocols.noise import DiscreteGaussian
 from protocols.rounds import Expected
-from securefl import agreement, config, evaluation, models
+from securefl import agreement, canaries, config, evaluation, models
 from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, Records, Table, held_out
@@ -116,12 +116,13 @@ class Client:
         self._loss = models.loss(experiment.model, records.task)
         self._device = resolve_device(experiment.device)
         self._prepared: _Prepared | None = None
-        if isinstance(records, Table):
-            self._prepared = _Prepared(b"", self._made(records, self._loss), None)
         self._round: _Round | None = None
         self._turn = threading.Lock()  # an engine may ask twice at once
         promise = digest("promise", experiment.digest(), repr(self._plan).encode())
         store.bind(promise.hex())
+        self._coins = self._tossed()
+        if isinstance(records, Table):
+            self._prepared = _Prepared(b"", self._made(records, self._loss), None)
         self._account: Account | None = None
         privacy = experiment.privacy
         if holding is not None and privacy is not None and self._plan is not None:
@@ -153,8 +154,21 @@ class Client:
         """The site this client acts for."""
         return self._identity.name
 
+    def _tossed(self) -> NDArray[np.bool_] | None:
+        """The coins of this site's canaries; None where the run has none."""
+        count, seed = self._experiment.audit.canaries, self._experiment.not_private_seed
+        if not count:
+            return None
+        drawn: Randomness = os.urandom
+        if seed is not None:
+            drawn = agreement.reproducible_randomness(seed, self.name, "canaries")
+        return canaries.toss(self._store.private, count, drawn)
+
     def _made(self, table: Table, loss: models.Loss) -> Trainer:
+        """What trains on `table`, and on this site's canaries: they are in nothing else."""
         experiment, person = self._experiment, protected_by(self._experiment)
+        if self._coins is not None:
+            table = canaries.join(table, experiment, self.name, self._coins)
         parts = (table, experiment.training, self._plan, self._device, person)
         # Its own copy: what makes per-sample gradients is put into a network once.
         return Trainer(copy.deepcopy(self._module), loss, *parts)

@@ -507,6 +507,19 @@ class Transcript(Section):
     """Sites whose messages may be kept in the run directory."""
 
 
+class Audit(Section):
+    """What a run does so that its privacy can be measured.
+
+    `canaries`: how many candidates every site makes, each of which it trains on if a coin of its
+    own says so; afterwards `securefl audit` guesses the coins, and says how much of epsilon that
+    shows. They are records that teach nothing: a model learns less of the others. Their privacy
+    is part of the plan, and that of the real records costs no more. Every site must permit it.
+    """
+
+    canaries: Annotated[int, Field(strict=True, ge=0, le=100_000, multiple_of=2)] = 0
+    """An even number; half of them are trained on, about."""
+
+
 class Experiment(Section):
     """Everything that decides a federated run.
 
@@ -552,6 +565,8 @@ class Experiment(Section):
     """How long a server waits for sites on machines of their own."""
     transcript: Transcript = Transcript()
     """What is kept for later study."""
+    audit: Audit = Audit()
+    """What is put into training to measure what leaks."""
 
     @model_validator(mode="before")
     @classmethod

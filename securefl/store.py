@@ -52,6 +52,12 @@ def write_secret(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def private_folder(folder: Path) -> None:
+    """Make `folder`, which its owner only may enter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to `path` and sync it, in the place of a last one that a crash cut short."""
     with path.open("a+b") as file:
@@ -149,6 +155,11 @@ class SiteStore:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    @property
+    def private(self) -> Path:
+        """The folder of what is the site's own secret in this run; it need not exist."""
+        return self._path.parent / "own"
 
     @property
     def models(self) -> Path:

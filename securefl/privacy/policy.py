@@ -174,6 +174,12 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
         'aggregation.weighting = "records"',
         '"uniform" or "declared"',
     )
+    yield _Rule(
+        "policy.canaries",
+        experiment.audit.canaries > 0 and not policy.canaries,
+        f"{experiment.audit.canaries} canaries of an audit among this site's training records",
+        "none",
+    )
     until = policy.transcript_until
     yield _Rule(
         "policy.transcript_until",
@@ -400,6 +406,7 @@ class Asked:
             Sentence("model", self._told_model()),
             Sentence("protocol", self._told_protocol()),
             *self._told_data(),
+            *self._told_canaries(),
             Sentence("privacy", self._told_privacy()),
             Sentence("budget", self._told_budget()),
             Sentence("leaves the site", self._told_traffic()),
@@ -492,6 +499,18 @@ class Asked:
                 "test figures",
                 f"{times}, sums of counts over all sites' test records are opened, {noise}. No "
                 "training reads these records.",
+            )
+
+    def _told_canaries(self) -> Iterator[Sentence]:
+        """What is trained on besides records."""
+        count = self.experiment.audit.canaries
+        if count:
+            yield Sentence(
+                "canaries",
+                f"For an audit this site makes {words.counted(count, 'record')} up and trains on "
+                "those that its own coin picks, about half. Which these are stays here. They are "
+                "in no statistics and no test figures, and cost the real records no privacy; the "
+                "model learns less from them.",
             )
 
     def _told_privacy(self) -> str:

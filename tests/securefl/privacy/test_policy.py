@@ -134,6 +134,7 @@ CASES = (
     ),
     case("policy.callables", ("SHA-256", "SHA-256 " + "0" * 64), *PLAN,
          "model.name=colorsys:rgb_to_hls", policy={"callables": {"colorsys:rgb_to_hls": "0" * 64}}),
+    case("policy.canaries", ("10 canaries", "none"), *PLAN, "audit.canaries=10"),
     case("policy.transcript_until", ("2026-11-22", "none"), *PLAN,
          "transcript.consent=['north']"),
     case("policy.transcript_until", ("2026-11-22", "until 2026-11-21"), *PLAN,
@@ -168,9 +169,9 @@ def test_a_broken_rule_is_refused_by_its_name_with_both_values(broken: Case) -> 
 
 
 def test_every_rule_of_a_site_has_a_case() -> None:
-    """Consent and unknown sites are of the roster and the person; canaries do nothing yet."""
+    """But those of the roster and the person."""
     rules = {f"policy.{key}" for key in config.Policy.model_fields} | {"data.person", "data.path"}
-    elsewhere = {"policy.consent", "policy.unknown_sites", "policy.canaries"}
+    elsewhere = {"policy.consent", "policy.unknown_sites"}
     assert {broken.rule for broken in CASES} == rules - elsewhere
 
 
@@ -367,6 +368,7 @@ def test_what_is_asked_says_what_the_plan_says() -> None:
         ((*PLAN, "protocol.colluding_sites=0"), "protocol", "as long as no site works together"),
         ((*PLAN, "protocol.reveal=sites"), "protocol", "the server gets neither"),
         ((*PLAN, "transcript.consent=['north']"), "transcript", "kept for later study"),
+        ((*PLAN, "audit.canaries=10"), "canaries", "makes 10 records up and trains on"),
         ((*PLAN, "model.loss=colorsys:hls_to_rgb"), "model", "colorsys:hls_to_rgb (model.loss)"),
         ((*PLAN, "privacy.epsilon=8"), "budget", "will stop, for good, before the run ends"),
         (
