@@ -501,10 +501,23 @@ class Deployment(Section):
 
 
 class Transcript(Section):
-    """Record what crosses each wire, for the sites that consent; nothing by default."""
+    """Record what crosses each wire, for the sites that consent; nothing by default.
+
+    `own`: sites that also write down what they draw at random and what they contribute, each in a
+    folder of its own that never leaves it: for an audit of what colluding sites could tell, and of
+    local noise by itself. Whoever got that folder would read the site's every update.
+    """
 
     consent: tuple[SiteName, ...] = ()
     """Sites whose messages may be kept in the run directory."""
+    own: tuple[SiteName, ...] = ()
+    keep_until: date | None = None
+    """The last day of all that, which sites with a policy insist on; then it is read no more."""
+
+    @property
+    def recorded(self) -> frozenset[str]:
+        """Every site of which something is kept."""
+        return frozenset({*self.consent, *self.own})
 
 
 class Audit(Section):
@@ -599,6 +612,7 @@ class Experiment(Section):
             for key, named in (
                 ("aggregation.weights", self.aggregation.weights),
                 ("transcript.consent", self.transcript.consent),
+                ("transcript.own", self.transcript.own),
             ):
                 for site in named:
                     if site not in known:

@@ -240,6 +240,11 @@ class ServerStore:
         """The highest round number that was begun; numbers only grow."""
         return self._record.last_round
 
+    @property
+    def name(self) -> str:
+        """What this run is called, hexadecimal; empty where no site was ever asked."""
+        return self._record.run
+
     def begin(self, after: int = 0) -> int:
         """The next round number, above `after` too, durable before it is used."""
         self._put(msgspec.structs.replace(self._record, last_round=max(self.last_round, after) + 1))
