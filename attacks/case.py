@@ -6,7 +6,7 @@ evidence: its records, and what it recorded of itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,25 +14,32 @@ from typing import final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from attacks.attack import Profile, UnavailableError
 from attacks.view import (
     Array,
+    ColludingView,
+    Contributed,
     NetworkView,
+    OpenedView,
     Passed,
     Public,
+    Recording,
     ReleasedModelView,
     ServerView,
 )
 from securefl import agreement, models, simulation
+from securefl.canaries import read_coins
 from securefl.config import ConfigurationError, Experiment, load_site
 from securefl.data import Records, Table, held_out
 from securefl.messages import Answer, parse_reply
 from securefl.preprocessing import Fitted
 from securefl.records import PREPROCESSING, SITES, History, Summary, read_history
 from securefl.site_folder import SITE
-from securefl.transcript import TRANSCRIPT, Crossing, crossings, rosters
+from securefl.store import ServerStore, SiteStore
+from securefl.transcript import TRANSCRIPT, Crossing, crossings, recording, rosters
 
 
 @final
@@ -92,6 +99,37 @@ class Case:
     def server(self) -> ServerView:
         """The server, of whose messages those of consenting sites were recorded."""
         return ServerView(self.public, self._keys, self.crossings)
+
+    def recording(self, site: str) -> Recording:
+        """What `site` recorded of itself; UnavailableError where it did not, or it is not here."""
+        held = recording(self._private(site))
+        if not held.drawn and not held.encoded:
+            raise UnavailableError(
+                f"{site} did not record itself: say [transcript] own = [...] in the experiment"
+                if self.own is None
+                else f"what {site} recorded of itself, if anything, is not in {self.own}"
+            )
+        contributed = tuple(
+            Contributed(item.number, item.update, Array.of(np.frombuffer(item.slots, "<u8")))
+            for item in held.encoded
+        )
+        return Recording(site, held.drawn, contributed)
+
+    def colluding(self, sites: Sequence[str], with_server: bool) -> ColludingView:
+        """`sites`, which pool what they recorded of themselves, with the server or without it."""
+        recordings = tuple(self.recording(site) for site in sites)
+        seen = tuple(item for item in self.crossings if with_server or item.site in sites)
+        missing = sorted(set(sites) - {item.site for item in seen})
+        if missing:
+            raise UnavailableError(
+                f"the messages of {missing[0]} were not recorded: name it in [transcript] consent"
+            )
+        return ColludingView(self.public, self._keys, seen, recordings, with_server)
+
+    def opened(self, site: str) -> OpenedView:
+        """Whoever was handed every vector that `site` contributed, and the models."""
+        models_ = {item.update: item.model for item in recording(self._private(site)).encoded}
+        return OpenedView(self.public, site, self.recording(site).contributed, models_)
 
     def network(self) -> NetworkView:
         """Whoever taps the wires."""
@@ -156,6 +194,20 @@ class Case:
                     heads[item.site] = said.head.hash.hex()
         return heads
 
+    def coins(self, site: str) -> NDArray[np.bool_]:
+        """The coins that `site` tossed for its canaries, bool[N]; UnavailableError without any."""
+        try:
+            return read_coins(self._private(site))
+        except ConfigurationError as error:
+            raise UnavailableError(str(error)) from None
+
+    def _private(self, site: str) -> Path:
+        """The folder of what `site` keeps to itself in this run."""
+        if self.own is None:
+            return SiteStore(self.folder / "sites" / site).private
+        runs = self.own / "runs" / ServerStore(self.folder).name
+        return SiteStore(runs / "sites" / site).private
+
     @property
     def auditing(self) -> tuple[str, ...]:
         """The sites whose records are at hand."""
@@ -177,13 +229,17 @@ class Case:
             return self._consortium.sites
         folders = Path(told.read_text(encoding="utf-8"))
         return {
-            site: held or simulation.own_records(folders / site, self.experiment)
+            site: simulation.own_records(folders / site, self.experiment) if held is None else held
             for site, held in self._consortium.sites.items()
         }
 
     @cached_property
     def _fitted(self) -> Fitted:
         path = self.folder / PREPROCESSING
+        if not path.exists():  # made of declared values alone
+            made = agreement.preprocessor(self.experiment, len(self.sites))
+            assert made is not None  # noqa: S101 - asked only where there is one
+            return made.start()
         told = msgspec.json.decode(path.read_bytes(), type=_Told)
         return told.values
 

@@ -31,7 +31,7 @@ from securefl.messages import Answer, Request, Task, parse_reply
 from securefl.privacy import clipping
 from securefl.privacy.plan import Plan
 from securefl.state import GlobalState
-from securefl.transcript import Crossing
+from securefl.transcript import Crossing, Drawn
 
 
 class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -160,17 +160,6 @@ class ServerView(View, frozen=True):
             replayed = replay(self, number)
             if replayed is not None:
                 yield replayed
-
-
-class Drawn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a site drew at random for one phase of one round, in the order of the draws."""
-
-    number: int
-    phase: str
-    data: bytes
-
-    def __repr__(self) -> str:
-        return f"Drawn({self.number}, {self.phase!r}, <{len(self.data)} secret bytes>)"
 
 
 class Contributed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

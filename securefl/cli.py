@@ -29,6 +29,7 @@ from securefl import (
     ledger_cli,
     report_cli,
     site_cli,
+    transcript_cli,
 )
 from securefl.config import ConfigurationError
 from securefl.terminal import (
@@ -335,6 +336,7 @@ def join(target: typer.Typer, entries: Iterable[importlib.metadata.EntryPoint]) 
 app.add_typer(data_cli.app, name="data")
 app.add_typer(ledger_cli.app, name="ledger")
 app.add_typer(consortium_cli.app, name="consortium")
+app.add_typer(transcript_cli.app, name="transcript")
 app.command()(doctor_cli.doctor)
 app.add_typer(site_cli.site, name="site")
 deployment_cli.mount(app, site_cli.site)

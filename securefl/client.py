@@ -22,7 +22,7 @@ from protocols.keystream import Keystream, Randomness, Seed
 from protocols.masked_bfv import Revealed
 from protocols.noise import DiscreteGaussian
 from protocols.rounds import Expected
-from securefl import agreement, config, evaluation, models
+from securefl import agreement, canaries, config, evaluation, models
 from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame, Records, Table, held_out
@@ -37,6 +37,7 @@ from securefl.replicas import PHASES as REPLICA_PHASES
 from securefl.replicas import Replica, Replicas, Standing
 from securefl.state import DivergedError, GlobalState, apply, first_state
 from securefl.store import SiteStore
+from securefl.transcript import Drawing, Recorder
 
 FARTHEST: Final = 1e7
 """How far from 0 a feature may be; from sums it is at most 2e6 (`LEAST_DEVIATION` of a range)."""
@@ -116,12 +117,16 @@ class Client:
         self._loss = models.loss(experiment.model, records.task)
         self._device = resolve_device(experiment.device)
         self._prepared: _Prepared | None = None
-        if isinstance(records, Table):
-            self._prepared = _Prepared(b"", self._made(records, self._loss), None)
         self._round: _Round | None = None
         self._turn = threading.Lock()  # an engine may ask twice at once
         promise = digest("promise", experiment.digest(), repr(self._plan).encode())
         store.bind(promise.hex())
+        self._coins = self._tossed()
+        self._recorder: Recorder | None = None
+        if name in experiment.transcript.own:
+            self._recorder = Recorder(store.private, experiment.transcript.keep_until)
+        if isinstance(records, Table):
+            self._prepared = _Prepared(b"", self._made(records, self._loss), None)
         self._account: Account | None = None
         privacy = experiment.privacy
         if holding is not None and privacy is not None and self._plan is not None:
@@ -153,8 +158,21 @@ class Client:
         """The site this client acts for."""
         return self._identity.name
 
+    def _tossed(self) -> NDArray[np.bool_] | None:
+        """The coins of this site's canaries; None where the run has none."""
+        count, seed = self._experiment.audit.canaries, self._experiment.not_private_seed
+        if not count:
+            return None
+        drawn: Randomness = os.urandom
+        if seed is not None:
+            drawn = agreement.reproducible_randomness(seed, self.name, "canaries")
+        return canaries.toss(self._store.private, count, drawn)
+
     def _made(self, table: Table, loss: models.Loss) -> Trainer:
+        """What trains on `table`, and on this site's canaries: they are in nothing else."""
         experiment, person = self._experiment, protected_by(self._experiment)
+        if self._coins is not None:
+            table = canaries.join(table, experiment, self.name, self._coins)
         parts = (table, experiment.training, self._plan, self._device, person)
         # Its own copy: what makes per-sample gradients is put into a network once.
         return Trainer(copy.deepcopy(self._module), loss, *parts)
@@ -221,10 +239,18 @@ class Client:
         state = current.protocol_state
         if request.phase == OPEN and isinstance(state, self._protocol.accepts.get(OPEN, ())):
             current.protocol_state = None  # whatever comes of it, nothing is opened again
+        drawing, parts = Drawing(os.urandom), list[NDArray[np.uint64]]()
+        if slots is not None and self._recorder is not None:
+            slots = _kept(slots, parts)
         current.protocol_state, reply = self._protocol.step(
-            request.phase, state, request.body, slots, os.urandom
+            request.phase, state, request.body, slots, drawing
         )
         self._store.enter(current.number)  # before anything that was said in it leaves
+        if self._recorder is not None:
+            self._recorder.drew(current.number, request.phase, drawing.data)
+            if parts and current.task.kind == "train" and current.model is not None:
+                update, model = current.model.update, current.model.to_message()
+                self._recorder.contributed(current.number, update, parts, model)
         if isinstance(current.protocol_state, Revealed):
             self._move(current, current.protocol_state)
             current.protocol_state = None
@@ -403,6 +429,15 @@ class Client:
             except BudgetSpentError as error:
                 raise BudgetSpentError(f"{self.name}: {error}") from None
         self._store.charge(round_number, release)
+
+
+def _kept(
+    slots: Iterator[NDArray[np.uint64]], parts: list[NDArray[np.uint64]]
+) -> Iterator[NDArray[np.uint64]]:
+    """`slots`, of which a copy goes into `parts`: a protocol masks in place."""
+    for part in slots:
+        parts.append(part.copy())
+        yield part
 
 
 def _check_reach(fitted: Fitted) -> None:

@@ -501,10 +501,36 @@ class Deployment(Section):
 
 
 class Transcript(Section):
-    """Record what crosses each wire, for the sites that consent; nothing by default."""
+    """Record what crosses each wire, for the sites that consent; nothing by default.
+
+    `own`: sites that also write down what they draw at random and what they contribute, each in a
+    folder of its own that never leaves it: for an audit of what colluding sites could tell, and of
+    local noise by itself. Whoever got that folder would read the site's every update.
+    """
 
     consent: tuple[SiteName, ...] = ()
     """Sites whose messages may be kept in the run directory."""
+    own: tuple[SiteName, ...] = ()
+    keep_until: date | None = None
+    """The last day of all that, which sites with a policy insist on; then it is read no more."""
+
+    @property
+    def recorded(self) -> frozenset[str]:
+        """Every site of which something is kept."""
+        return frozenset({*self.consent, *self.own})
+
+
+class Audit(Section):
+    """What a run does so that its privacy can be measured.
+
+    `canaries`: how many candidates every site makes, each of which it trains on if a coin of its
+    own says so; afterwards `securefl audit` guesses the coins, and says how much of epsilon that
+    shows. They are records that teach nothing: a model learns less of the others. Their privacy
+    is part of the plan, and that of the real records costs no more. Every site must permit it.
+    """
+
+    canaries: Annotated[int, Field(strict=True, ge=0, le=100_000, multiple_of=2)] = 0
+    """An even number; half of them are trained on, about."""
 
 
 class Experiment(Section):
@@ -552,6 +578,8 @@ class Experiment(Section):
     """How long a server waits for sites on machines of their own."""
     transcript: Transcript = Transcript()
     """What is kept for later study."""
+    audit: Audit = Audit()
+    """What is put into training to measure what leaks."""
 
     @model_validator(mode="before")
     @classmethod
@@ -584,6 +612,7 @@ class Experiment(Section):
             for key, named in (
                 ("aggregation.weights", self.aggregation.weights),
                 ("transcript.consent", self.transcript.consent),
+                ("transcript.own", self.transcript.own),
             ):
                 for site in named:
                     if site not in known:

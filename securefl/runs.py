@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, final
 
@@ -215,6 +215,22 @@ def check_remote(experiment: Experiment, sites: tuple[str, ...]) -> None:
         raise ConfigurationError("sites.names must list the sites of the roster, and no other")
 
 
+def _check_retention(experiment: Experiment, policed: bool) -> None:
+    """ConfigurationError for a transcript without a last day where sites have policies (`policed`),
+    or after that day."""
+    told = experiment.transcript
+    if told.recorded and told.keep_until is None and policed:
+        raise ConfigurationError(
+            "[transcript] keeps messages of sites with policies of their own: say until when, "
+            "keep_until = YYYY-MM-DD"
+        )
+    if told.recorded and told.keep_until is not None and date.today() > told.keep_until:
+        raise ConfigurationError(
+            f"transcript.keep_until = {told.keep_until.isoformat()} is over: name a later day, or "
+            "keep no transcript"
+        )
+
+
 class _Job:
     """One run of one experiment: what is fixed before the first round."""
 
@@ -238,6 +254,7 @@ class _Job:
         self.remote = remote
         if remote is not None:
             check_remote(experiment, tuple(remote.roster))
+        _check_retention(experiment, sites is not None or remote is not None)
         self.consortium = simulation.assemble(experiment)
         if sites is not None:
             simulation.check_folders(sites, self.consortium.sites)
@@ -506,7 +523,8 @@ class _Job:
 
         def wrapped(exchange: Exchange, roster: Roster) -> Exchange:
             if consent:
-                exchange = recorded(exchange, folder / TRANSCRIPT, consent, roster)
+                until = self.experiment.transcript.keep_until
+                exchange = recorded(exchange, folder / TRANSCRIPT, consent, roster, until)
             return self.wrap(exchange) if self.wrap else exchange
 
         if self.remote is not None:

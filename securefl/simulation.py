@@ -85,6 +85,7 @@ def assemble(experiment: Experiment) -> Consortium:
     for key, named in (
         ("aggregation.weights", experiment.aggregation.weights),
         ("transcript.consent", experiment.transcript.consent),
+        ("transcript.own", experiment.transcript.own),
     ):
         strangers = sorted(set(named) - set(sites))
         if strangers:

@@ -52,6 +52,12 @@ def write_secret(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def private_folder(folder: Path) -> None:
+    """Make `folder`, which its owner only may enter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to `path` and sync it, in the place of a last one that a crash cut short."""
     with path.open("a+b") as file:
@@ -153,6 +159,11 @@ class SiteStore:
             self._lock = None
 
     @property
+    def private(self) -> Path:
+        """The folder of what is the site's own secret in this run; it need not exist."""
+        return self._path.parent / "own"
+
+    @property
     def models(self) -> Path:
         """The folder of the site's own copies of the model, under reveal = "sites"."""
         return self._path.parent / "models"
@@ -230,6 +241,11 @@ class ServerStore:
     def last_round(self) -> int:
         """The highest round number that was begun; numbers only grow."""
         return self._record.last_round
+
+    @property
+    def name(self) -> str:
+        """What this run is called, hexadecimal; empty where no site was ever asked."""
+        return self._record.run
 
     def begin(self, after: int = 0) -> int:
         """The next round number, above `after` too, durable before it is used."""

@@ -174,12 +174,23 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
         'aggregation.weighting = "records"',
         '"uniform" or "declared"',
     )
-    until = policy.transcript_until
+    yield _Rule(
+        "policy.canaries",
+        experiment.audit.canaries > 0 and not policy.canaries,
+        f"{experiment.audit.canaries} canaries of an audit among this site's training records",
+        "none",
+    )
+    most, told = policy.transcript_until, experiment.transcript
+    until = told.keep_until
+    named = "no day that is named" if until is None else until.isoformat()
     yield _Rule(
         "policy.transcript_until",
-        site.name in experiment.transcript.consent and (until is None or today > until),
-        f"a transcript of this site's messages on {today.isoformat()}",
-        "none" if until is None else f"one until {until.isoformat()}",
+        site.name in told.recorded
+        and (most is None or until is None or not today <= until <= most),
+        f"on {today.isoformat()}, a transcript of this site that is kept until {named}",
+        "none"
+        if most is None
+        else f"one with a transcript.keep_until of {most.isoformat()} or before, and not over",
     )
 
 
@@ -361,6 +372,11 @@ class Asked:
         return self.site.name in self.experiment.transcript.consent
 
     @property
+    def records_itself(self) -> bool:
+        """Whether this site writes down what it draws and contributes."""
+        return self.site.name in self.experiment.transcript.own
+
+    @property
     def epsilon(self) -> Mapping[Observer, float]:
         """What all rounds cost, by who looks; empty without a plan."""
         if self.plan is None:
@@ -371,8 +387,10 @@ class Asked:
         """SHA-256 of what is asked, which a consent refers to (32 bytes).
 
         Over the experiment's own digest, the sites, the plan, the data set with its purpose, and
-        whether a transcript is kept: another of any of these asks anew.
+        what is kept of this site and until when: another of any of these asks anew.
         """
+        until = self.experiment.transcript.keep_until
+        kept = f"{self.recorded} {self.records_itself} {until}"
         data, code = self.site.data, self.site.policy.callables
         hashes = [
             f"{reference} {code.get(reference)}" for _, reference in _named_code(self.experiment)
@@ -387,7 +405,7 @@ class Asked:
             " ".join(self.names).encode(),
             str(self.parameters).encode(),
             repr(self.plan).encode(),
-            b"recorded" if self.recorded else b"",
+            kept.encode() if self.recorded or self.records_itself else b"",
             "\n".join(hashes).encode(),
         )
 
@@ -400,6 +418,7 @@ class Asked:
             Sentence("model", self._told_model()),
             Sentence("protocol", self._told_protocol()),
             *self._told_data(),
+            *self._told_canaries(),
             Sentence("privacy", self._told_privacy()),
             Sentence("budget", self._told_budget()),
             Sentence("leaves the site", self._told_traffic()),
@@ -494,6 +513,18 @@ class Asked:
                 "training reads these records.",
             )
 
+    def _told_canaries(self) -> Iterator[Sentence]:
+        """What is trained on besides records."""
+        count = self.experiment.audit.canaries
+        if count:
+            yield Sentence(
+                "canaries",
+                f"For an audit this site makes {words.counted(count, 'record')} up and trains on "
+                "those that its own coin picks, about half. Which these are stays here. They are "
+                "in no statistics and no test figures, and cost the real records no privacy; the "
+                "model learns less from them.",
+            )
+
     def _told_privacy(self) -> str:
         plan, privacy = self.plan, self.experiment.privacy
         if plan is None or privacy is None:
@@ -566,12 +597,18 @@ class Asked:
         )
 
     def _told_transcript(self) -> str:
-        if not self.recorded:
-            return "None of this site's messages is kept for later study."
-        until = self.site.policy.transcript_until
-        return "This site's messages are kept for later study" + (
-            f"; this site permits that until {until.isoformat()}." if until else "."
-        )
+        until = self.experiment.transcript.keep_until
+        day = "; no last day is named" if until is None else f" until {until.isoformat()}"
+        told = []
+        if self.recorded:
+            told += [f"This site's messages are kept for later study{day}."]
+        if self.records_itself:
+            told += [
+                "This site also writes down, in its own folder, what it draws at random and what "
+                f"it contributes{day}. Nothing of that is sent; whoever got it would read this "
+                "site's every update."
+            ]
+        return " ".join(told) or "None of this site's messages is kept for later study."
 
 
 def asked(

@@ -134,10 +134,20 @@ CASES = (
     ),
     case("policy.callables", ("SHA-256", "SHA-256 " + "0" * 64), *PLAN,
          "model.name=colorsys:rgb_to_hls", policy={"callables": {"colorsys:rgb_to_hls": "0" * 64}}),
-    case("policy.transcript_until", ("2026-11-22", "none"), *PLAN,
-         "transcript.consent=['north']"),
-    case("policy.transcript_until", ("2026-11-22", "until 2026-11-21"), *PLAN,
-         "transcript.consent=['north', 'south']", policy={"transcript_until": date(2026, 11, 21)}),
+    case("policy.canaries", ("10 canaries", "none"), *PLAN, "audit.canaries=10"),
+    case("policy.transcript_until", ("until 2026-12-01", "none"), *PLAN,
+         "transcript.consent=['north']", "transcript.keep_until=2026-12-01"),
+    case("policy.transcript_until", ("until 2026-12-01", "of 2026-11-30 or before"), *PLAN,
+         "transcript.consent=['north', 'south']", "transcript.keep_until=2026-12-01",
+         policy={"transcript_until": date(2026, 11, 30)}),
+    case("policy.transcript_until", ("until 2026-12-01", "of 2026-11-30 or before"), *PLAN,
+         "transcript.own=['north']", "transcript.keep_until=2026-12-01",
+         policy={"transcript_until": date(2026, 11, 30)}),
+    case("policy.transcript_until", ("no day that is named", "of 2027-01-01 or before"), *PLAN,
+         "transcript.consent=['north']", policy={"transcript_until": date(2027, 1, 1)}),
+    case("policy.transcript_until", ("on 2026-11-22", "not over"), *PLAN,
+         "transcript.consent=['north']", "transcript.keep_until=2026-11-21",
+         policy={"transcript_until": date(2027, 1, 1)}),
     case("policy.record_counts", ('"records"', '"uniform"'), "aggregation.weighting=records",
          "aggregation.weight_cap=500", policy={"privacy": "optional"}),
     case("data.path", ("from a file", "no file"), *PLAN, "data.source=table", "data.label=y",
@@ -168,9 +178,9 @@ def test_a_broken_rule_is_refused_by_its_name_with_both_values(broken: Case) -> 
 
 
 def test_every_rule_of_a_site_has_a_case() -> None:
-    """Consent and unknown sites are of the roster and the person; canaries do nothing yet."""
+    """But those of the roster and the person."""
     rules = {f"policy.{key}" for key in config.Policy.model_fields} | {"data.person", "data.path"}
-    elsewhere = {"policy.consent", "policy.unknown_sites", "policy.canaries"}
+    elsewhere = {"policy.consent", "policy.unknown_sites"}
     assert {broken.rule for broken in CASES} == rules - elsewhere
 
 
@@ -218,6 +228,8 @@ def within(draw: st.DrawFn) -> tuple[str, ...]:
         f"protocol.openers={draw(st.integers(1, 3))}",
         f"training.learning_rate={draw(st.floats(1e-3, 10))}",
         f"transcript.consent={draw(st.sampled_from([[], ['north'], ['south']]))}",
+        f"transcript.own={draw(st.sampled_from([[], ['north'], ['south']]))}",
+        f"transcript.keep_until={draw(st.sampled_from(['2026-11-22', '2027-01-01']))}",
     )
 
 
@@ -258,7 +270,7 @@ def test_several_broken_rules_all_show_and_what_cannot_run_still_names_them() ->
 
 def test_the_day_named_by_transcript_until_is_the_last() -> None:
     site = a_site(policy={"transcript_until": TODAY})
-    experiment = proposed(*PLAN, "transcript.consent=['north']")
+    experiment = proposed(*PLAN, "transcript.consent=['north']", f"transcript.keep_until={TODAY}")
     policy.check(site, experiment, 4, PARAMETERS, TODAY)
     with pytest.raises(PolicyError, match="transcript_until"):
         policy.check(site, experiment, 4, PARAMETERS, date(2026, 11, 23))
@@ -367,6 +379,8 @@ def test_what_is_asked_says_what_the_plan_says() -> None:
         ((*PLAN, "protocol.colluding_sites=0"), "protocol", "as long as no site works together"),
         ((*PLAN, "protocol.reveal=sites"), "protocol", "the server gets neither"),
         ((*PLAN, "transcript.consent=['north']"), "transcript", "kept for later study"),
+        ((*PLAN, "transcript.own=['north']"), "transcript", "read this site's every update"),
+        ((*PLAN, "audit.canaries=10"), "canaries", "makes 10 records up and trains on"),
         ((*PLAN, "model.loss=colorsys:hls_to_rgb"), "model", "colorsys:hls_to_rgb (model.loss)"),
         ((*PLAN, "privacy.epsilon=8"), "budget", "will stop, for good, before the run ends"),
         (
@@ -449,6 +463,15 @@ DIFFERENT: Mapping[str, Callable[[policy.Asked], policy.Asked]] = {
         experiment=a.experiment.model_copy(
             update={"transcript": config.Transcript(consent=("north",))}
         ),
+    ),
+    "own recording": lambda a: replace(
+        a,
+        experiment=a.experiment.model_copy(
+            update={"transcript": config.Transcript(own=("north",))}
+        ),
+    ),
+    "canaries": lambda a: replace(
+        a, experiment=a.experiment.model_copy(update={"audit": config.Audit(canaries=2)})
     ),
     "sites": lambda a: replace(a, sites=5),
     "parameters": lambda a: replace(a, parameters=63),
