@@ -321,9 +321,7 @@ def test_the_consortiums_figures_are_those_of_all_test_rows_in_one_place(
     assert (first.update, last.update) == (2, 4)
     assert last.figures.rows == len(table)
     assert last.figures.values["test_accuracy"] == pytest.approx(expected["test_accuracy"])
-    precision = (
-        1e-3 if protocol == "ckks" else 1e-4
-    )  # amounts of 12 bits
+    precision = 1e-3 if protocol == "ckks" else 1e-4  # amounts of 12 bits
     ill = int(table.target.sum())
     # Of so few rows a pair that shares a bin weighs 1 / (2 ill well) by itself: four may.
     resolution = 0.002 + 2 / (ill * (len(table) - ill))
