@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Literal, TypeVar
 
@@ -60,17 +60,34 @@ def private_folder(folder: Path) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add one line to `path` and sync it, in the place of a last one that a crash cut short."""
+    append_lines(path, (line,))
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to `path` and sync them, in the place of a last one that a crash cut short."""
     with path.open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
         if file.read() not in (b"", b"\n"):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode() + b"\n")
+        file.write("".join(f"{line}\n" for line in lines).encode())
         file.flush()
         os.fsync(file.fileno())
     if not end:  # a new file's name lasts once its folder is synced
         _sync_folder(path.parent)
+
+
+def append(path: Path, parts: Iterable[bytes]) -> int:
+    """Add `parts` to `path` and sync them; where the first one begins."""
+    with path.open("ab") as file:
+        start = file.seek(0, os.SEEK_END)
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    if not start:
+        _sync_folder(path.parent)
+    return start
 
 
 def whole_lines(path: Path) -> list[str]:

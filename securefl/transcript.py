@@ -1,12 +1,12 @@
 """What crossed each wire, recorded only for the sites that consented.
 
-transcript/index.jsonl has a line a message, in order; the bytes lie beside it, one file a message.
-They are exactly what an adversary on the server's side saw: no secret of a site, but the opened
-sums, under plain the updates themselves, and what other sites sealed for a consenting one.
-rosters.jsonl has the sites' public keys, a line a session: with them signatures can be checked.
+transcript/index.jsonl has a line a message, in order; the bytes lie in messages.bin beside it. They
+are exactly what an adversary on the server's side saw: no secret of a site, but the opened sums,
+under plain the updates themselves, and what other sites sealed for a consenting one. rosters.jsonl
+has the sites' public keys, a line a session: with them signatures can be checked.
 
-A site may also record itself, in a folder of its own that never leaves it: recording.jsonl has a
-line for what it drew at random in each phase, and for what it contributed to each round of
+A site may also record itself, in a folder of its own that never leaves it: recording.jsonl and
+recording.bin have what it drew at random in each phase, and what it contributed to each round of
 training. Whoever has that folder, and the site's messages, opens its masks and its updates.
 
 Both are kept until a day that retention.json names; after it they are to be deleted, and are read
@@ -19,7 +19,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Final, Literal, final
+from typing import Final, Generic, Literal, TypeVar, final
 
 import msgspec
 import numpy as np
@@ -31,13 +31,31 @@ from protocols.keystream import Randomness
 from securefl.config import ConfigurationError
 from securefl.engines import Exchange
 from securefl.messages import Request
-from securefl.store import append_line, private_folder, read, whole_lines, write, write_secret
+from securefl.store import (
+    append,
+    append_line,
+    append_lines,
+    private_folder,
+    read,
+    whole_lines,
+    write,
+    write_secret,
+)
 
 TRANSCRIPT: Final = "transcript"
 """The folder of it in a run directory."""
 
 RECORDING: Final = "recording.jsonl"
 """The index of what a site records of itself, in what it keeps to itself."""
+
+INDEX: Final = "index.jsonl"
+"""What crossed the wires, in a transcript."""
+
+_DATA: Final = {INDEX: "messages.bin", RECORDING: "recording.bin"}
+"""Where the bytes of an index lie."""
+
+ROSTERS: Final = "rosters.jsonl"
+"""The sites' public keys, in a transcript."""
 
 RETENTION: Final = "retention.json"
 """Until when a transcript, or a recording, is kept: beside its index."""
@@ -56,16 +74,21 @@ class Crossing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: bytes
 
 
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where an item's bytes lie, and which they are; nowhere until it is added."""
+
+    at: int = 0
+    bytes: int = 0
+    sha256: str = ""
+
+
+class _Line(_Place, frozen=True, forbid_unknown_fields=True):
     """A line of the index."""
 
     round: int
     phase: str
     site: str
     direction: Direction
-    bytes: int
-    sha256: str
-    file: str
 
 
 class _Session(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,15 +140,69 @@ class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_until: date
 
 
-class _Own(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of a site's recording. phase: of what was drawn; empty where it was contributed."""
+class _Own(_Place, frozen=True, forbid_unknown_fields=True):
+    """A line of a site's recording. A model stands before what was made of it, once."""
 
+    kind: Literal["drawn", "contributed", "model"]
     round: int
     phase: str
     update: int
-    sha256: str
-    file: str
-    model: str = ""
+
+
+_Item = TypeVar("_Item", bound=_Place)
+
+
+@final
+class _Journal(Generic[_Item]):
+    """Bytes one after another in one file, and a line for each item in another.
+
+    Both only grow. What a kill cut short has no line, and is not read.
+    """
+
+    def __init__(self, index: Path, line: type[_Item], secret: bool = False) -> None:
+        self._index, self._data, self._line = index, index.with_name(_DATA[index.name]), line
+        if secret and not index.exists():
+            write_secret(self._data, b"")
+            write_secret(index, b"")
+
+    def add(self, items: Iterable[tuple[_Item, bytes]]) -> None:
+        """Add items, durably; what each line says of its place is filled in here."""
+        items = list(items)
+        at = append(self._data, (data for _, data in items))
+        lines = []
+        for line, data in items:
+            sha256 = hashlib.sha256(data).hexdigest()
+            placed = msgspec.structs.replace(line, at=at, bytes=len(data), sha256=sha256)
+            lines.append(msgspec.json.encode(placed).decode())
+            at += len(data)
+        append_lines(self._index, lines)
+
+    def read(self) -> Iterator[tuple[_Item, bytes]]:
+        """Every item; ConfigurationError that names the line where one is damaged or changed."""
+        lines = whole_lines(self._index)
+        if not lines:
+            return
+        try:
+            everything = self._data.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self._data} cannot be read ({error.strerror}): restore it from a copy"
+            ) from None
+        for number, text in enumerate(lines, start=1):
+            where = f"{self._index} line {number}"
+            try:
+                line = msgspec.json.decode(text, type=self._line)
+            except msgspec.MsgspecError as error:
+                raise ConfigurationError(
+                    f"{where} is damaged: {error}: restore the folder from a copy"
+                ) from None
+            data = everything[line.at : line.at + line.bytes]
+            if hashlib.sha256(data).hexdigest() != line.sha256:
+                raise ConfigurationError(
+                    f"{self._data} is not what was recorded (the SHA-256 of {where} differs): "
+                    "restore it from a copy"
+                )
+            yield line, data
 
 
 @final
@@ -136,34 +213,28 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, keep_until: date | None) -> None:
-        self._folder = folder
         private_folder(folder)
-        index = folder / RECORDING
-        if not index.exists():
-            write_secret(index, b"")
-        else:  # a line that a kill cut short would spoil the next one
-            _mend(index)
+        self._journal = _Journal(folder / RECORDING, _Own, secret=True)
+        self._models = {line.update for line, _ in self._journal.read() if line.kind == "model"}
         keep(folder, keep_until)
 
     def drew(self, number: int, phase: str, data: bytes) -> None:
         """Write down what was drawn in one phase, durably."""
-        name = f"{number:06d}-{phase}-drawn.bin"
-        write_secret(self._folder / name, data)
-        self._add(_Own(number, phase, 0, hashlib.sha256(data).hexdigest(), name))
+        line = _Own("drawn", number, phase, 0)
+        self._journal.add([(line, data)])
 
     def contributed(
         self, number: int, update: int, slots: Iterable[NDArray[np.uint64]], model: bytes
     ) -> None:
         """Write down what was contributed to one round of training, durably."""
         data = b"".join(part.astype("<u8").tobytes() for part in slots)
-        name, of = f"{number:06d}-contributed.bin", f"model-{update:06d}.bin"
-        write_secret(self._folder / name, data)
-        if not (self._folder / of).exists():  # a round before, which was aborted, had it too
-            write_secret(self._folder / of, model)
-        self._add(_Own(number, "", update, hashlib.sha256(data).hexdigest(), name, of))
-
-    def _add(self, line: _Own) -> None:
-        append_line(self._folder / RECORDING, msgspec.json.encode(line).decode())
+        line = _Own("contributed", number, "", update)
+        items = [(line, data)]
+        if update not in self._models:  # a round before, which was aborted, may have had it
+            of = _Own("model", number, "", update)
+            items.insert(0, (of, model))
+        self._journal.add(items)
+        self._models.add(update)
 
 
 @final
@@ -194,17 +265,14 @@ def recording(folder: Path, today: date | None = None) -> OwnRecording:
     check_kept(folder, today)
     drawn: list[Drawn] = []
     encoded: list[Encoded] = []
-    for where, text in _index(folder / RECORDING):
-        try:
-            line = msgspec.json.decode(text, type=_Own)
-        except msgspec.MsgspecError as error:
-            raise ConfigurationError(f"{where} is damaged: {error}: restore the folder") from None
-        data = _read(folder / Path(line.file).name, line.sha256, where)
-        if line.phase:
-            drawn += [Drawn(line.round, line.phase, data)]
-        else:
-            model = _read(folder / Path(line.model).name, None, where)
-            encoded += [Encoded(line.round, line.update, data, model)]
+    trained: dict[int, bytes] = {}
+    for line, data in _Journal(folder / RECORDING, _Own).read():
+        if line.kind == "model":
+            trained[line.update] = data
+        elif line.kind == "drawn":
+            drawn.append(Drawn(line.round, line.phase, data))
+        elif line.update in trained:
+            encoded.append(Encoded(line.round, line.update, data, trained[line.update]))
     return OwnRecording(tuple(drawn), tuple(encoded))
 
 
@@ -230,11 +298,9 @@ def check_kept(folder: Path, today: date | None = None) -> None:
 def delete(run: Path) -> tuple[Path, ...]:
     """Delete the transcript in the run directory `run`, and what sites there recorded of
     themselves: what was deleted. The coins of canaries stay."""
-    found = [path for path in (run / TRANSCRIPT).glob("*") if path.is_file()]
-    for index in run.glob(f"sites/*/own/{RECORDING}"):
-        own = (RECORDING, RETENTION)
-        found += [path for path in index.parent.glob("*.bin") if path.is_file()]
-        found += [index.parent / name for name in own if (index.parent / name).exists()]
+    folders = (run / TRANSCRIPT, *run.glob("sites/*/own"))
+    ours = (*_DATA, *_DATA.values(), ROSTERS, RETENTION)
+    found = [folder / name for folder in folders for name in ours if (folder / name).exists()]
     for path in found:
         path.unlink()
     if (run / TRANSCRIPT).exists() and not any((run / TRANSCRIPT).iterdir()):
@@ -254,28 +320,25 @@ def recorded(
     roster: who the sites of this session are. keep_until: the last day of what is written.
     """
 
-    index, rosters = folder / "index.jsonl", folder / "rosters.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    if index.exists():  # a line that a kill cut short would spoil the next one
-        _mend(index)
     keep(folder, keep_until)
     keys = {site: key.hex() for site, key in roster.keys.items()}
-    append_line(rosters, msgspec.json.encode(_Session(keys)).decode())
-
-    def record(site: str, direction: Direction, phase: str, number: int, data: bytes) -> None:
-        digest = hashlib.sha256(data).hexdigest()
-        name = f"{number:06d}-{phase}-{site}-{direction}-{digest[:8]}.bin"
-        write(folder / name, data)
-        line = _Line(number, phase, site, direction, len(data), digest, name)
-        append_line(index, msgspec.json.encode(line).decode())
+    append_line(folder / ROSTERS, msgspec.json.encode(_Session(keys)).decode())
+    journal = _Journal(folder / INDEX, _Line)
 
     def recording(phase: str, messages: Mapping[str, bytes]) -> Mapping[str, bytes]:
         replies = exchange(phase, messages)
+        items: list[tuple[_Line, bytes]] = []
+
+        def crossed(site: str, direction: Direction, data: bytes) -> None:
+            items.append((_Line(_round(messages[site]), phase, site, direction), data))
+
         for site in sorted(consent & set(messages)):
-            number = _round(messages[site])
-            record(site, "down", phase, number, messages[site])
+            crossed(site, "down", messages[site])
             if site in replies:
-                record(site, "up", phase, number, replies[site])
+                crossed(site, "up", replies[site])
+        if items:
+            journal.add(items)
         return replies
 
     return recording
@@ -288,49 +351,15 @@ def crossings(folder: Path, today: date | None = None) -> tuple[Crossing, ...]:
     missing, damaged or changed, or was to be kept until an earlier day.
     """
     check_kept(folder, today)
-    found = []
-    for where, text in _index(folder / "index.jsonl"):
-        try:
-            line = msgspec.json.decode(text, type=_Line)
-        except msgspec.MsgspecError as error:
-            raise ConfigurationError(f"{where} is damaged: {error}: restore the folder") from None
-        data = _read(folder / Path(line.file).name, line.sha256, where)
-        found.append(Crossing(line.round, line.phase, line.site, line.direction, data))
-    return tuple(found)
-
-
-def _index(path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line of an index stands, and the line."""
-    for number, text in enumerate(whole_lines(path), start=1):
-        yield f"{path} line {number}", text
-
-
-def _read(path: Path, sha256: str | None, where: str) -> bytes:
-    """What `where` says is in `path`."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(
-            f"{path} cannot be read ({error.strerror}): restore the transcript from a copy"
-        ) from None
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ConfigurationError(
-            f"{path} is not what was recorded (its SHA-256 differs from {where}): restore it "
-            "from a copy"
-        )
-    return data
-
-
-def _mend(index: Path) -> None:
-    """Leave out a last line that a kill cut short."""
-    mode = index.stat().st_mode
-    write(index, "".join(f"{line}\n" for line in whole_lines(index)).encode())
-    index.chmod(mode)
+    return tuple(
+        Crossing(line.round, line.phase, line.site, line.direction, data)
+        for line, data in _Journal(folder / INDEX, _Line).read()
+    )
 
 
 def rosters(folder: Path) -> tuple[Roster, ...]:
     """The sites' public keys in each session of the run, oldest first."""
-    lines = whole_lines(folder / "rosters.jsonl")
+    lines = whole_lines(folder / ROSTERS)
     told = [msgspec.json.decode(line, type=_Session) for line in lines]
     return tuple(
         Roster({site: bytes.fromhex(key) for site, key in item.keys.items()}) for item in told

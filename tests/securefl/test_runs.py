@@ -30,6 +30,7 @@ from securefl.report import words, write_report
 from securefl.runs import RunFailedError, resume, run
 from securefl.state import GlobalState
 from securefl.store import CorruptStoreError, SiteStore
+from securefl.transcript import crossings
 
 ALL = pytest.mark.parametrize("protocol", list(PROTOCOLS))
 BOTH = pytest.mark.parametrize("protocol", ["plain", "masked-bfv"])
@@ -699,13 +700,14 @@ def test_a_transcript_holds_exactly_what_crossed_the_wires_of_consenting_sites(s
     experiment = small("protocol.name=masked-bfv", "rounds=2", consenting)
     folder = run(experiment, tmp_path / "run", exchange=watch).directory / "transcript"
     index = [json.loads(x) for x in (folder / "index.jsonl").read_text().splitlines()]
+    bytes_ = (folder / "messages.bin").read_bytes()
     told = [
-        (x["round"], x["phase"], x["site"], x["direction"], (folder / x["file"]).read_bytes())
+        (x["round"], x["phase"], x["site"], x["direction"], bytes_[x["at"] : x["at"] + x["bytes"]])
         for x in index
     ]
     assert told == [entry for entry in crossed if entry[2] in consent]
-    files = {x["file"] for x in index}
-    assert {p.name for p in folder.iterdir()} == files | {"index.jsonl", "rosters.jsonl"}
+    assert len(bytes_) == sum(x["bytes"] for x in index)
+    assert {p.name for p in folder.iterdir()} == {"index.jsonl", "messages.bin", "rosters.jsonl"}
 
 
 def test_without_consent_nothing_is_recorded(small, tmp_path):
@@ -720,8 +722,8 @@ def test_a_transcript_records_an_active_servers_garbage_too(small, tmp_path):
     done = run(experiment, tmp_path / "run", exchange=active)
     (record,) = read_history(done.directory).rounds
     assert record.survivors == ("site-1", "site-3")
-    files = [p.read_bytes() for p in (done.directory / "transcript").glob("*-down-*")]
-    assert files == [b"garbage"]
+    recorded = crossings(done.directory / "transcript")
+    assert [item.data for item in recorded if item.direction == "down"] == [b"garbage"]
 
 
 # --- resuming ------------------------------------------------------------------------------------
