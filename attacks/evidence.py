@@ -163,6 +163,22 @@ class Curve:
     fpr: Floats
     tpr: Floats
 
+    def thinned(self, points: int = 400) -> Curve:
+        """At most so many of the points, both ends among them, spread for log and linear axes.
+
+        Raises:
+            ValueError: for less than 4 points.
+        """
+        if points < 4:
+            raise ValueError(f"points is {points}: give 4 or more")
+        if self.fpr.size <= points:
+            return self
+        first = self.fpr[np.searchsorted(self.fpr, 0.0, "right")]  # the curve ends at 1
+        even = np.linspace(0, self.fpr.size - 1, points // 2).round().astype(np.intp)
+        steps = np.searchsorted(self.fpr, np.geomspace(first, 1.0, points // 2))
+        kept = np.union1d(even, steps)
+        return Curve(self.fpr[kept], self.tpr[kept])
+
 
 @dataclass(frozen=True, eq=False)
 class Roc:
@@ -416,8 +432,9 @@ def _possible(m: int, r: int, v: int, mu: float, tau: float) -> bool:
 def gaussian_p_value(m: int, r: int, v: int, mu: float) -> float:
     """The chance of v or more correct guesses, bounded above, if training were mu-GDP.
 
-    Mahloujifar, Melis and Chaudhuri 2024, "Auditing f-differential privacy in one run", Section
-    3, for the trade-off curve f of N(0, 1) against N(mu, 1). With p_j the chance of j right
+    Mahloujifar, Melis and Chaudhuri 2024, "Auditing f-differential privacy in one run" (arXiv
+    2410.22235), the recursion over r and h of the authors' PrivacyGuard (rh_with_cap), for the
+    trade-off curve f of N(0, 1) against N(mu, 1). With p_j the chance of j right
     guesses, flipping one guessed coin turns "j right, this one too" into "j - 1 right, this one
     wrong", so for every i the sum of j p_j/m over j > i is at most 1 - f of the sum of
     (r - j) p_j/m over j >= i. The recursion finds the least total mass such p_j can have when
@@ -672,7 +689,7 @@ class Normal:
 
     @classmethod
     def of_random_cosines(cls, dimension: int) -> Normal:
-        """Cosines of a fixed vector with uniform ones: N(0, 1/dimension) (Andrew et al., 3)."""
+        """Cosines of a fixed vector with uniform ones: N(0, 1/dimension), for many dimensions."""
         if dimension < 1:
             raise ValueError(f"dimension is {dimension}: give 1 or more")
         return cls(0.0, 1 / math.sqrt(dimension))
@@ -720,9 +737,9 @@ def estimate_epsilon(observed: npt.ArrayLike, null: Normal, delta: float) -> Est
 
     observed: float64[n] cosines of the canaries that were inserted. null: what canaries that
     were not inserted give: `Normal.of_random_cosines(d)`, or `Normal.fit` of held-out canaries'
-    cosines. Andrew et al. 2023, "One-shot empirical privacy estimation for federated learning",
-    Algorithms 1 and 2: a normal is fitted to the observed; asymptotically right for the Gaussian
-    mechanism with canaries uniform on the sphere, a guess for anything else.
+    cosines. Andrew et al. 2023, "One-shot empirical privacy estimation for federated learning"
+    (arXiv 2302.03098), Algorithm 1: a normal is fitted to the observed; asymptotically right for
+    the Gaussian mechanism with canaries uniform on the sphere, a guess for anything else.
 
     Raises:
         TooFewError: for less than two canaries.

@@ -34,9 +34,8 @@ def likelihood_ratio(
     at least once. Below `enough` models all candidates share their variance.
     """
     parts = [_normal(np.where(which, told, np.nan), enough) for which in (member, ~member)]
-    found: Floats = np.subtract(
-        *(stats.norm.logpdf(observed, mean, deviation) for mean, deviation in parts)
-    )
+    within, without = (stats.norm.logpdf(observed, *part) for part in parts)
+    found: Floats = within - without
     return found
 
 
@@ -53,8 +52,8 @@ def one_sided(observed: Floats, told: Floats, enough: int = ENOUGH) -> Floats:
 
 def _normal(told: Floats, enough: int) -> tuple[Floats, Floats]:
     """Mean and deviation of each column, without the NaNs in it; float64[n] both."""
-    mean = np.nanmean(told, axis=0)
-    variance = np.nanvar(told, axis=0)
+    mean: Floats = np.nanmean(told, axis=0)
+    variance: Floats = np.nanvar(told, axis=0)
     if len(told) < enough:
         variance = np.full_like(variance, np.nanmean(variance))
     return mean, np.sqrt(variance) + 1e-6

@@ -22,9 +22,9 @@ from scipy import special
 from attacks import evidence, shadows
 from attacks.attack import AttackResult, Claim, Curve, Profile, Score, Trial, UnavailableError
 from attacks.case import Case
-from attacks.evidence import Interval, Roc, TooFewError
+from attacks.evidence import Roc, TooFewError
 from attacks.view import Array, Given, Public, Records, ReleasedModelView
-from securefl import config, data, models
+from securefl import config, data
 from securefl.config import Experiment
 from securefl.data import Table
 
@@ -112,9 +112,7 @@ class Candidates:
 
 def taken(records: Records, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Records:
     """Those of `records` at `rows`."""
-    return Records(
-        Array.of(records.features.numpy()[rows]), Array.of(records.target.numpy()[rows])
-    )
+    return Records(Array.of(records.features.numpy()[rows]), Array.of(records.target.numpy()[rows]))
 
 
 def gathered(tables: Iterable[Table]) -> Records:
@@ -150,9 +148,7 @@ def candidates(case: Case) -> Candidates:
         )
     if len(case.auditing) < len(case.sites):
         notes.append(f"candidates are of {', '.join(case.auditing)} only")
-    return Candidates.drawn(
-        trained, held_out, each, seed, _promised(case.experiment), tuple(notes)
-    )
+    return Candidates.drawn(trained, held_out, each, seed, _promised(case.experiment), tuple(notes))
 
 
 def _promised(experiment: Experiment) -> Promise | None:
@@ -289,9 +285,7 @@ def _limit(members: int, non_members: int, confidence: float) -> str:
 def _drawn(roc: Roc) -> Curve:
     """The ROC curve, at no more than so many points, evenly on a logarithmic axis."""
     curve = roc.curve()
-    wanted = np.concatenate(
-        [[0.0], np.geomspace(1 / len(roc.non_members), 1.0, _POINTS - 1)]
-    )
+    wanted = np.concatenate([[0.0], np.geomspace(1 / len(roc.non_members), 1.0, _POINTS - 1)])
     at = np.unique(np.searchsorted(curve.fpr, wanted, "right") - 1)
     return Curve(tuple(curve.fpr[at].tolist()), tuple(curve.tpr[at].tolist()), "ROC")
 
@@ -304,6 +298,7 @@ name = "membership-control"
 rounds = {rounds}
 [data]
 source = "digits"
+default_range = [0, 16]
 [sites]
 count = 2
 [model]
@@ -325,7 +320,7 @@ NOISE: Final = 0.2
 
 def noisy_digits(seed: int) -> Records:
     """scikit-learn's 1,797 digits in random order, NOISE of them with another label."""
-    table = data.load(config.Data(source="digits"))
+    table = data.load(digits_run(1).parsed().data)
     rng = np.random.default_rng([seed, 1])
     order = rng.permutation(len(table))
     target = table.target[order].astype(np.int64)
@@ -349,11 +344,11 @@ def overfitted(
     their place.
     """
     quick = profile is Profile.quick
-    each, known, count = (150, 100, 16) if quick else (450, 300, 64)
+    each, known, count = (150, 150, 16) if quick else (350, 700, 64)
     rows = np.split(np.arange(3 * each + known), [each, 2 * each, 3 * each])
     pool = noisy_digits(seed)
     members, others, strangers, rest = (taken(pool, row) for row in rows)
-    public = digits_run(8 if quick else 20)
+    public = digits_run(20 if quick else 30)
     trained = members if signal else strangers
     of = shadows.joined(trained, rest)
     rng = np.random.default_rng([seed, 2])

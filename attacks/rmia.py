@@ -16,7 +16,7 @@ from attacks import membership, shadows
 from attacks.attack import Attack, Progress
 from attacks.lira import no_signal, trial, undefended
 from attacks.membership import Scores
-from attacks.view import Array, Given, ReleasedModelView
+from attacks.view import Array, Given, Records, ReleasedModelView
 
 Floats = NDArray[np.float64]
 
@@ -65,7 +65,7 @@ def adversary(view: ReleasedModelView, given: Given, seed: int, progress: Progre
 
 
 def _log_likelihoods(
-    view: ReleasedModelView, weights: NDArray[np.float32], records: membership.Records
+    view: ReleasedModelView, weights: NDArray[np.float32], records: Records
 ) -> Floats:
     """log p(label | record) under each model; for regression that of a normal, but for a constant.
 

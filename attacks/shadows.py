@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from attacks.view import Public, Records
+from attacks.view import Array, Public, Records
 from protocols.encoding import Integers
 from securefl import agreement, models
 from securefl.algorithms import server_rule
@@ -95,14 +95,11 @@ def train(
     experiment = public.parsed()
     named = experiment.model.name, experiment.model.loss, experiment.training.optimiser
     if any(":" in name for name in named):
-        return np.stack(
-            [
-                train_alone(
-                    public, records, row, rng, lambda x, i=i: progress((i + x) / len(member))
-                )
-                for i, row in enumerate(member)
-            ]
-        )
+        found = []
+        for number, row in enumerate(member):
+            found.append(train_alone(public, records, row, rng))
+            progress((number + 1) / len(member))
+        return np.stack(found)
     return _Together(public, records, member, rng).run(progress)
 
 
@@ -214,9 +211,7 @@ class _Together:
         layout = self._layout
         parts = {
             name: flat[where].view(shape)
-            for name, where, shape in zip(
-                layout.names, layout.slices(), layout.shapes, strict=True
-            )
+            for name, where, shape in zip(layout.names, layout.slices(), layout.shapes, strict=True)
         }
         given: Tensor = functional_call(self._module, parts, (features,))
         return given
@@ -261,14 +256,13 @@ class _Together:
             else:
                 mean = self._averaged(updates)
         tail = np.ones(mean.shape[1] - self._layout.size, np.bool_)
-        return [
-            one[np.append(state.mask, tail)] for one, state in zip(mean, states, strict=True)
-        ]
+        return [one[np.append(state.mask, tail)] for one, state in zip(mean, states, strict=True)]
 
     def _averaged(self, updates: Floats) -> Floats:
         """The mean of what sites send in fixed point, clamped as there."""
         size, clip = self._layout.size, self._experiment.protocol.clip
-        updates[:, size:] = clipping.uploaded(self._experiment, updates[:, size:])
+        told = updates[:, size:].astype(np.float32)
+        updates[:, size:] = clipping.uploaded(self._experiment, told)
         shaped = np.clip(updates, -clip, clip).reshape(self._models, self._sites, -1)
         shares = _weighing(self._public, self._counts.reshape(self._models, self._sites))
         mean: Floats = np.einsum("msd,ms->md", shaped, shares)
@@ -276,11 +270,11 @@ class _Together:
 
     def _protected(self, plan: SiteDistributed, updates: Floats, scale: Tensor) -> Floats:
         """The mean of clipped updates, with the noise of all sites, in the plan's first units."""
-        norms = np.linalg.norm(updates, axis=1, keepdims=True)
         scaled = updates / scale.numpy()[:, None]
-        clipped = scaled * np.minimum(1.0, plan.clip / np.maximum(norms / scale.numpy()[:, None], 1e-30))
+        norms = np.linalg.norm(scaled, axis=1, keepdims=True)
+        clipped = scaled * np.minimum(1.0, plan.clip / np.maximum(norms, 1e-30))
         if plan.counted:
-            within = np.where(norms <= plan.clip * scale.numpy()[:, None], 1.0, -1.0)
+            within = np.where(norms <= plan.clip, 1.0, -1.0)
             clipped = np.hstack([clipped, plan.clip * plan.count / plan.units * within])
         mean = clipped.reshape(self._models, self._sites, -1).mean(1)
         noise = plan.grid * plan.deviation / math.sqrt(self._sites)
@@ -291,11 +285,9 @@ class _Together:
     ) -> Floats:
         """The step that all sites' sums make together, in the plan's first units."""
         total, within = self._clipped(plan, start, kept, scale)
-        total = total / scale[:, None]
+        total = -total / scale[:, None]
         if plan.counted:
-            total = torch.hstack([-total, plan.clip * plan.count / plan.units * within[:, None]])
-        else:
-            total = -total
+            total = torch.hstack([total, plan.clip * plan.count / plan.units * within[:, None]])
         noise = plan.grid * plan.deviation * math.sqrt(len(self._public.sites))
         noised = total.double().numpy() + self._rng.normal(0, noise, tuple(total.shape))
         return np.asarray(noised / plan.expected_batch, np.float64)
@@ -455,8 +447,6 @@ class Shadows:
 
 def joined(first: Records, second: Records) -> Records:
     """Those of `first`, then those of `second`."""
-    from attacks.view import Array
-
     parts = [(one.features.numpy(), one.target.numpy()) for one in (first, second)]
     features, target = (np.concatenate(pair) for pair in zip(*parts, strict=True))
     return Records(Array.of(features), Array.of(target))
