@@ -10,7 +10,6 @@ records are nearly orthogonal where weights are many).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -53,16 +52,26 @@ def adversary(view: ServerView, given: Given, seed: int, progress: Progress) -> 
 def shares(public: Public, item: Replayed, candidates: Records) -> Floats:
     """How much each candidate's descent step and the round's mean update agree, float64[n].
 
-    The coefficients of a ridge regression of the update on the candidates' steps: what the step of
-    one shares with those of others speaks for none of them. Steps are of the weights that
-    survived, clipped as in training, and without the mean of all, which any training moves by.
+    The coefficients of a ridge regression of the update on the candidates' steps, so that what the
+    step of one has in common with those of others speaks for none of them. How much to shrink,
+    which noise decides, is chosen anew by generalised cross-validation (Golub, Heath and Wahba
+    1979, equation 1.4). Steps are of the weights that survived, clipped as in training.
     """
-    steps = -clipped_gradients(public, item, candidates)
-    steps -= steps.mean(0)
-    gram = steps @ steps.T
-    ridge = np.trace(gram) / len(gram) + 1e-12
-    update = item.update[item.state.mask]
-    solved: Floats = np.linalg.solve(gram + ridge * np.eye(len(gram)), steps @ update)
+    steps, update = -clipped_gradients(public, item, candidates), item.update[item.state.mask]
+    values, vectors = np.linalg.eigh(steps @ steps.T)
+    kept = values > values[-1] * 1e-9
+    values, vectors = values[kept], vectors[:, kept]
+    along = vectors.T @ (steps @ update)
+    explained = along**2 / values
+    rest = max(0.0, float(update @ update - explained.sum()))
+
+    def validated(ridge: float) -> float:
+        left = ridge / (values + ridge)
+        freedom = len(update) - (1 - left).sum()
+        return float((rest + (explained * left**2).sum()) / freedom**2)
+
+    ridge = min(values.mean() * np.geomspace(1e-3, 1e3, 25), key=validated)
+    solved: Floats = vectors @ (along / (values + ridge))
     return solved
 
 
@@ -131,7 +140,7 @@ local_steps = 2
 batch_size = 32
 learning_rate = 0.2
 [protocol]
-name = "{protocol}"
+name = "plain"
 clip = 4.0
 [transcript]
 consent = ["site-1", "site-2", "site-3"]
@@ -150,7 +159,7 @@ def no_signal(seed: int, profile: Profile) -> Trial[Members]:
 
 def _world(seed: int, profile: Profile, signal: bool) -> Trial[Members]:
     quick = profile is Profile.quick
-    text = _WORLD.format(rounds=6 if quick else 20, protocol="plain")
+    text = _WORLD.format(rounds=6 if quick else 20)
     experiment = config.parse(text, [f"seed={seed % 2**32}"])
     with tempfile.TemporaryDirectory() as folder:
         case = Case.open(runs.run(experiment, Path(folder) / "run", report=False).directory)
