@@ -73,11 +73,13 @@ class Given(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the adversary is declared to know besides what it sees.
 
     candidates: records of which it asks whether they were trained on. auxiliary: records of the
-    same population, none of which is a candidate.
+    same population, none of which is a candidate. shadows: how many models of its own it can
+    afford to train.
     """
 
     candidates: Records | None = None
     auxiliary: Records | None = None
+    shadows: int = 16
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
