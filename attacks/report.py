@@ -15,6 +15,7 @@ from typing import Final
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from attacks.attack import AttackResult, Curve
 from attacks.audit import Audit, Row, Verdict
@@ -35,8 +36,6 @@ VERDICTS: Final[Mapping[Verdict, str]] = {
 }
 """Each verdict in words: never more than was shown."""
 
-_LEAST_FPR = 1e-4
-
 
 def write(folder: Path, audit: Audit) -> Path:
     """Write audit.html beside audit.json; return its path."""
@@ -55,6 +54,7 @@ def render(audit: Audit) -> str:
         .render(
             audit=audit,
             assessed=[_Told.of(row) for row in audit.rows if row.results],
+            claims=_claims(audit),
             missing=[row for row in audit.rows if not row.results],
             pictures=pictures,
             headline=headline(audit),
@@ -70,12 +70,25 @@ def headline(audit: Audit) -> str:
     """What the audit came to, in one sentence."""
     done = sum(1 for row in audit.rows if row.results)
     if audit.alarms:
-        count = words.counted(len(audit.alarms), "claim")
-        return f"{count} of this run {'does' if len(audit.alarms) == 1 else 'do'} not hold"
+        claims = len({row.claim for row in audit.rows if row.verdict == "contradicted"})
+        count = words.counted(claims, "claim")
+        return f"{count} of this run {'does' if claims == 1 else 'do'} not hold"
     if not audit.tests:
         return f"No claim was tested; {words.counted(done, 'attack')} tried"
-    tested = words.counted(audit.tests, "claim")
-    return f"{tested} tested by {words.counted(done, 'attack')}: none was contradicted"
+    claims = len({row.claim for row in audit.rows if row.level is not None})
+    told = f"{words.counted(done, 'attack')} tried on {words.counted(claims, 'claim')}"
+    return f"{told}: {'it was not' if claims == 1 else 'none was'} contradicted"
+
+
+def _claims(audit: Audit) -> list[list[_Told]]:
+    """What was assessed, the rows of one claim together; contradicted ones first."""
+    told: dict[tuple[bool, str, str], list[_Told]] = {}
+    for row in audit.rows:
+        if row.results:
+            told.setdefault((row.made, row.claim, row.assumption), []).append(_Told.of(row))
+    return sorted(
+        told.values(), key=lambda rows: all(item.row.verdict != "contradicted" for item in rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,9 @@ class _Told:
     """A row in words."""
 
     row: Row
+    claim: str
+    adversary: str
+    assumption: str
     verdict: str
     evidence: str
     baseline: str
@@ -97,12 +113,15 @@ class _Told:
         first = row.results[0]
         return cls(
             row=row,
+            claim=words.sentence_case(row.claim).removesuffix("."),
+            adversary=words.sentence_case(row.adversary),
+            assumption=words.sentence_case(row.assumption).removesuffix("."),
             verdict=VERDICTS[row.verdict],
             evidence=f"{words.sentence_case(first.metric)} {_figure(first.value)}",
             baseline=_figure(first.baseline),
             interval=_interval(first),
             n=f"{first.n:,}",
-            limit=row.limit,
+            limit=words.sentence_case(row.limit).removesuffix("."),
             figures=[
                 (r.metric, _figure(r.value), _interval(r), _figure(r.baseline), f"{r.n:,}")
                 for r in row.results
@@ -134,7 +153,8 @@ def _interval(result: AttackResult) -> str:
     interval = result.interval
     if interval is None:
         return "–"
-    return f"{_figure(interval.low)} to {_figure(interval.high)} ({_share(interval.confidence)})"
+    told = f"{_figure(interval.low)} to {_figure(interval.high)}"
+    return told if interval.confidence == 0.95 else f"{told} ({_share(interval.confidence)})"
 
 
 def _share(value: float) -> str:
@@ -167,23 +187,21 @@ def _picture(row: Row) -> Plot | None:
         label = told if len({c.label for _, c in drawn}) == 1 else f"{told}: {curve.label}"
         colour = plots.COLOURS[number % len(plots.COLOURS)]
         x, y = np.array(curve.x), np.array(curve.y)
-        if curve.kind == "roc":
-            keep = (x > 0) | (y > 0)
-            axes.plot(
-                np.maximum(x[keep], _LEAST_FPR),
-                np.maximum(y[keep], _LEAST_FPR),
-                drawstyle="steps-post",
-                label=label,
-                color=colour,
-            )
+        if curve.kind == "roc":  # left of 1/n nothing was measured
+            seen = x > 0
+            axes.plot(x[seen], y[seen], drawstyle="steps-post", label=label, color=colour)
         elif curve.kind == "histogram":
             axes.step(x, y, where="mid", label=label, color=colour)
         else:
             axes.plot(x, y, label=label, color=colour)
     if roc:
-        line = np.geomspace(_LEAST_FPR, 1, 50)
+        least = min(min((x for x in c.x if x > 0), default=0.1) for _, c in drawn) / 2
+        line = np.geomspace(least, 1, 50)
         axes.plot(line, line, color="#9aa5b1", linestyle=":", label="a coin")
-        axes.set(xscale="log", yscale="log", xlim=(_LEAST_FPR, 1), ylim=(_LEAST_FPR, 1.05))
+        axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.05))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda rate, _: _share(rate)))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("false-positive rate")
         axes.set_ylabel("true-positive rate")
     else:
