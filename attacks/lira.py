@@ -34,9 +34,7 @@ def likelihood_ratio(
     at least once. Below `enough` models all candidates share their variance.
     """
     parts = [_normal(np.where(which, told, np.nan), enough) for which in (member, ~member)]
-    within, without = (
-        np.asarray(stats.norm.logpdf(observed, *part), np.float64) for part in parts
-    )
+    within, without = (np.asarray(stats.norm.logpdf(observed, *part), np.float64) for part in parts)
     return within - without
 
 
