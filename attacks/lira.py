@@ -55,7 +55,8 @@ def _normal(told: Floats, enough: int) -> tuple[Floats, Floats]:
     variance: Floats = np.nanvar(told, axis=0)
     if len(told) < enough:
         variance = np.full_like(variance, np.nanmean(variance))
-    return mean, np.sqrt(variance) + 1e-6
+    deviation: Floats = np.sqrt(variance) + 1e-6
+    return mean, deviation
 
 
 def _observed(view: ReleasedModelView, given: Given) -> Floats:
