@@ -34,9 +34,8 @@ def likelihood_ratio(
     at least once. Below `enough` models all candidates share their variance.
     """
     parts = [_normal(np.where(which, told, np.nan), enough) for which in (member, ~member)]
-    within, without = (stats.norm.logpdf(observed, *part) for part in parts)
-    found: Floats = within - without
-    return found
+    within, without = (np.asarray(stats.norm.logpdf(observed, *part), np.float64) for part in parts)
+    return within - without
 
 
 def one_sided(observed: Floats, told: Floats, enough: int = ENOUGH) -> Floats:
@@ -56,7 +55,8 @@ def _normal(told: Floats, enough: int) -> tuple[Floats, Floats]:
     variance: Floats = np.nanvar(told, axis=0)
     if len(told) < enough:
         variance = np.full_like(variance, np.nanmean(variance))
-    return mean, np.sqrt(variance) + 1e-6
+    deviation: Floats = np.sqrt(variance) + 1e-6
+    return mean, deviation
 
 
 def _observed(view: ReleasedModelView, given: Given) -> Floats:
