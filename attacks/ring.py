@@ -34,10 +34,9 @@ class Ring:
 
     def product(self, a: Residues, b: Residues | int) -> Residues:
         """a * b modulo p, element by element. The quotient in long doubles is off by at most 1."""
-        b = np.uint64(b) if isinstance(b, int) else b
-        p = np.uint64(self.prime)
-        quotient = a.astype(np.longdouble) * b.astype(np.longdouble) / np.longdouble(self.prime)
-        rest = (a * b - quotient.astype(np.uint64) * p).view(np.int64)
+        right, p = np.asarray(b, np.uint64), np.uint64(self.prime)
+        quotient = a.astype(np.longdouble) * right.astype(np.longdouble) / np.longdouble(self.prime)
+        rest = (a * right - quotient.astype(np.uint64) * p).view(np.int64)
         rest = np.where(rest < 0, rest + np.int64(self.prime), rest)
         rest = np.where(rest >= np.int64(self.prime), rest - np.int64(self.prime), rest)
         return rest.view(np.uint64)
