@@ -73,11 +73,14 @@ class Given(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the adversary is declared to know besides what it sees.
 
     candidates: records of which it asks whether they were trained on. auxiliary: records of the
-    same population, none of which is a candidate.
+    same population, none of which is a candidate. known: by site, records that it knows were
+    trained on, none of which is a candidate: differential privacy holds against who knows all but
+    one.
     """
 
     candidates: Records | None = None
     auxiliary: Records | None = None
+    known: Mapping[str, Records] | None = None
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,15 +200,19 @@ class ColludingView(View, frozen=True):
 
 
 class OpenedView(View, frozen=True):
-    """Whoever broke the aggregation, or was handed what a site contributed: one site's vectors.
+    """Whoever broke the aggregation, or was handed what sites contributed: vectors of single sites.
 
-    The claim of local noise holds against it. models: the model of each round, by update,
-    `GlobalState.to_message()`.
+    The claim of local noise holds against it. contributed: by site. models: the model of each
+    round, by update, `GlobalState.to_message()`.
     """
 
-    site: str
-    contributed: tuple[Contributed, ...]
+    contributed: Mapping[str, tuple[Contributed, ...]]
     models: Mapping[int, bytes]
+
+    @property
+    def site(self) -> str:
+        """Whose they are, in words."""
+        return " and ".join(self.contributed)
 
 
 class ActiveServer(View, frozen=True):
