@@ -126,10 +126,15 @@ class Case:
             )
         return ColludingView(self.public, self._keys, seen, recordings, with_server)
 
-    def opened(self, site: str) -> OpenedView:
-        """Whoever was handed every vector that `site` contributed, and the models."""
-        models_ = {item.update: item.model for item in recording(self._private(site)).encoded}
-        return OpenedView(self.public, site, self.recording(site).contributed, models_)
+    def opened(self, *sites: str) -> OpenedView:
+        """Whoever was handed every vector that each of `sites` contributed, and the models."""
+        held = {site: self.recording(site).contributed for site in sites}
+        models_ = {
+            item.update: item.model
+            for site in sites
+            for item in recording(self._private(site)).encoded
+        }
+        return OpenedView(self.public, held, models_)
 
     def network(self) -> NetworkView:
         """Whoever taps the wires."""

@@ -199,15 +199,19 @@ class ColludingView(View, frozen=True):
 
 
 class OpenedView(View, frozen=True):
-    """Whoever broke the aggregation, or was handed what a site contributed: one site's vectors.
+    """Whoever broke the aggregation, or was handed what sites contributed: vectors of single sites.
 
-    The claim of local noise holds against it. models: the model of each round, by update,
-    `GlobalState.to_message()`.
+    The claim of local noise holds against it. contributed: by site. models: the model of each
+    round, by update, `GlobalState.to_message()`.
     """
 
-    site: str
-    contributed: tuple[Contributed, ...]
+    contributed: Mapping[str, tuple[Contributed, ...]]
     models: Mapping[int, bytes]
+
+    @property
+    def site(self) -> str:
+        """Whose they are, in words."""
+        return " and ".join(self.contributed)
 
 
 class ActiveServer(View, frozen=True):

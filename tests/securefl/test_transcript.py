@@ -105,8 +105,8 @@ def test_what_sites_contributed_adds_up_to_what_was_opened(small, tmp_path, prot
     views = {site: case.opened(site) for site in case.sites}
     for number, seen in rounds.items():
         slots = [
-            next(item.slots.numpy() for item in view.contributed if item.number == number)
-            for view in views.values()
+            next(item.slots.numpy() for item in view.contributed[site] if item.number == number)
+            for site, view in views.items()
         ]
         encoding = agreement.encoding(experiment, 3, None)
         total = np.sum(slots, axis=0, dtype=np.uint64) % (1 << encoding.slot_bits)
