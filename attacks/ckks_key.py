@@ -43,8 +43,8 @@ from attacks.attack import (
 from attacks.evidence import Interval
 from attacks.ring import Ring
 from attacks.view import Array, Given, Public, ServerView
-from protocols.bfv import SEED_BYTES
 from protocols.bitpacking import packed_size, unpack
+from protocols.framing import SEED_BYTES
 from protocols.messages import OpenedSum, SumToOpen
 from securefl import agreement
 from securefl.config import Experiment

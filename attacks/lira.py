@@ -61,7 +61,9 @@ def _normal(told: Floats, enough: int) -> tuple[Floats, Floats]:
 
 def _observed(view: ReleasedModelView, given: Given) -> Floats:
     assert given.candidates is not None  # noqa: S101 - Attack.check
-    return shadows.confidences(view.public, view.weights.numpy()[None], given.candidates)[0]
+    models = view.weights.numpy()[None]
+    seen: Floats = shadows.confidences(view.public, models, given.candidates)[0]
+    return seen
 
 
 def online(view: ReleasedModelView, given: Given, seed: int, progress: Progress) -> Scores:

@@ -73,13 +73,15 @@ class Given(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the adversary is declared to know besides what it sees.
 
     candidates: records of which it asks whether they were trained on. auxiliary: records of the
-    same population, none of which is a candidate. shadows: how many models of its own it can
-    afford to train.
+    same population, none of which is a candidate. known: by site, records that it knows were
+    trained on, none of which is a candidate: differential privacy holds against who knows all but
+    one. shadows: how many models of its own it can afford to train.
     """
 
     candidates: Records | None = None
     auxiliary: Records | None = None
     shadows: int = 16
+    known: Mapping[str, Records] | None = None
 
 
 class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
