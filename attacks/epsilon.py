@@ -10,9 +10,10 @@ guesses bound epsilon from below.
 The white-box adversary (section 5.1 of the first; Nasr et al. 2023, "Tight auditing of
 differentially private machine learning") knows the model of every round, so it knows each
 candidate's clipped gradient g there, and sums or updates are such gradients with noise. It takes
-the best linear estimate of all coins from all rounds (`_Evidence`): the inner product of g with what it sees, over
-what else moves that direction: noise, other records, other canaries. Where the real records are
-given it knows their gradients too: epsilon holds against who knows every record but one.
+the best linear estimate of all coins from all rounds (`_Evidence`): the inner product of g with
+what it sees, over what else moves that direction: noise, other records, other canaries.
+Where the real records are given it knows their gradients too: epsilon holds against who knows every
+record but one.
 """
 
 from __future__ import annotations
@@ -70,8 +71,11 @@ _MOST_KNOWN: Final = 400
 _MOST_NUMBERS: Final = 4_000_000_000
 """Of gradients in all rounds together; beyond it only some rounds are read, evenly."""
 
-_GRID: Final = 14
-"""Levels of noise that are tried; the likeliest is believed, whatever the plan says."""
+_GRID: Final = 8
+_SPREADS: Final = (1.0, 30.0, 1000.0)
+"""Levels of noise that are tried, and how much more than the plan says sampling may move a vector:
+the likeliest is believed, not the plan. Without a plan a site's batches are small, and its
+gradients are not clipped."""
 
 
 class Guessed(msgspec.Struct, frozen=True):
@@ -281,8 +285,8 @@ class _Evidence:
     A vector is sum_c (b_c s_c) g_c + sum_r s_r g_r + noise: s is how often the sample has it, b the
     coin. Given the level of noise v the least squares estimate of the coins, less one half, is
     (A + 4I)^-1 h with A = sum_t M^T C^-1 M, h = sum_t M^T C^-1 (what is left), M the candidates'
-    mean gradients and C = v + what sampling does; 1/4 is a coin's variance. v is the likeliest of a
-    grid, so that noise that is not there is not believed.
+    mean gradients and C = v + k times what sampling does; 1/4 is a coin's variance. v and k are the
+    likeliest of a grid, so that noise that is not there is not believed.
     """
 
     def __init__(self, count: int) -> None:
@@ -298,8 +302,7 @@ class _Evidence:
         step = gradients * share[:, None]
         coins = step * (rate * seen.steps)[:, None]
         sampled = step * np.sqrt(rate * (1 - rate) * seen.steps / 2)[:, None]
-        columns = np.concatenate([coins, sampled, known.sampled])
-        basis = _basis(columns)
+        basis = _basis(np.concatenate([step, known.sampled]))
         left = seen.vector - known.mean - coins.sum(axis=0) / 2
         inside = basis.T @ left
         others = np.concatenate([sampled, known.sampled]) @ basis
@@ -320,14 +323,16 @@ class _Evidence:
         )
         top = 2 * max(energy, *self._planned, 1e-300)
         low = max(1e-10 * top, min([p for p in self._planned if p > 0] or [0.0]) / 1e3)
-        found = [self._at(level) for level in np.geomspace(min(low, top / 2), top, _GRID)]
+        levels = np.geomspace(min(low, top / 2), top, _GRID)
+        spreads = _SPREADS if any(item.spread.any() for item in self._rounds) else (1.0,)
+        found = [self._at(level, spread) for level in levels for spread in spreads]
         return max(found, key=lambda one: one[0])[1]
 
-    def _at(self, level: float) -> tuple[float, Floats]:
-        """The log likelihood of the level of noise, and the estimate under it."""
+    def _at(self, level: float, spread: float) -> tuple[float, Floats]:
+        """The log likelihood of the level of noise and of spread, and the estimate under them."""
         matrix, told, likelihood = 4 * np.eye(self._count), np.zeros(self._count), 0.0
         for item in self._rounds:
-            precision = 1 / (item.spread + level)
+            precision = 1 / (spread * item.spread + level)
             weighed = item.coins * precision
             matrix += weighed @ item.coins.T
             told += weighed @ item.left
@@ -502,20 +507,20 @@ class _Judged:
     def audit(self) -> evidence.Audit:
         rng = np.random.default_rng(self.seed)
         claimed, delta = self.promised.epsilon, self.promised.delta
-        return evidence.audit(
-            self.scores, self.coins, delta, claimed, rng=rng, confidence=self.confidence
-        )
+        told = self.scores, self.coins, delta, claimed
+        chosen = ways(len(self.coins))
+        return evidence.audit(*told, rng=rng, confidence=self.confidence, guesses=chosen)
 
     def _p(self, pairs: Sequence[tuple[float, float]], perfect: bool = False) -> float:
         rng, m, found = np.random.default_rng(self.seed), len(self.coins), []
-        ways = evidence.standard_guesses(m)
-        for way in ways:
+        chosen = ways(m)
+        for way in chosen:
             told = evidence.guess(self.scores, way, rng)
             right = ((told == 1) & self.coins).sum() + ((told == -1) & ~self.coins).sum()
             v = way.total if perfect else int(right)
             single = min(evidence.p_value(m, way.total, v, *pair) for pair in pairs)
             found += [min(single, curve_p_value(m, way.total, v, pairs))]
-        return min(1.0, len(ways) * min(found))
+        return min(1.0, len(chosen) * min(found))
 
     @cached_property
     def p(self) -> float | None:
@@ -532,6 +537,16 @@ class _Judged:
     def nothing(self) -> float:
         """p of the claim that nothing at all is told, but for delta."""
         return self._p(((0.0, self.promised.delta),))
+
+
+def ways(m: int) -> tuple[evidence.Guesses, ...]:
+    """How m coins are guessed, fixed before any is looked at: evenly all, a third and a tenth; and
+    heads alone a quarter and a tenth, for a site that trains on some of its records only shows
+    which these are, and of no other that it was out."""
+    return (
+        *evidence.standard_guesses(m),
+        *(evidence.Guesses(k, 0) for k in sorted({max(1, m // 4), max(1, m // 10)})),
+    )
 
 
 def score(guess: Guessed, truth: Coins, seed: int) -> Score:
