@@ -61,7 +61,9 @@ def _normal(told: Floats, enough: int) -> tuple[Floats, Floats]:
 
 def _observed(view: ReleasedModelView, given: Given) -> Floats:
     assert given.candidates is not None  # noqa: S101 - Attack.check
-    return shadows.confidences(view.public, view.weights.numpy()[None], given.candidates)[0]
+    weights = view.weights.numpy()[None]
+    found: Floats = shadows.confidences(view.public, weights, given.candidates)[0]
+    return found
 
 
 def online(view: ReleasedModelView, given: Given, seed: int, progress: Progress) -> Scores:
