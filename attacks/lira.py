@@ -61,9 +61,9 @@ def _normal(told: Floats, enough: int) -> tuple[Floats, Floats]:
 
 def _observed(view: ReleasedModelView, given: Given) -> Floats:
     assert given.candidates is not None  # noqa: S101 - Attack.check
-    models = view.weights.numpy()[None]
-    seen: Floats = shadows.confidences(view.public, models, given.candidates)[0]
-    return seen
+    weights = view.weights.numpy()[None]
+    found: Floats = shadows.confidences(view.public, weights, given.candidates)[0]
+    return found
 
 
 def online(view: ReleasedModelView, given: Given, seed: int, progress: Progress) -> Scores:

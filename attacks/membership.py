@@ -1,10 +1,10 @@
 """What membership attacks share: which records are asked about, the score, and worlds to try in.
 
-Candidates are as many members as non-members, shuffled. Members and non-members are paired at
-random, where neither the adversary nor the shadow models see it: where records were divided at
-random into training and test records, which of a pair was trained on is a fair coin, independent of
-all other pairs', and exchanging the two leaves everything else as it was. That is what the test of
-a promised epsilon stands on (`_against_promise`).
+Candidates are as many members as non-members, shuffled. Members and non-members of one class are
+paired at random, where neither the adversary nor the shadow models see it: where records were
+divided at random into training and test records of each class, which of a pair was trained on is a
+fair coin, independent of all other pairs', and exchanging the two leaves everything else as it was.
+That is what the test of a promised epsilon stands on (`_against_promise`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Promise:
 class Members:
     """The truth: who of the candidates was trained on, and with whom each is paired.
 
-    member: bool[n]. pairs: int64[n/2, 2], a member and a non-member each. seed: of the shuffling.
+    member: bool[n]. pairs: int64[k, 2], a member and a non-member of the same class each, and none
+    twice. seed: of the shuffling.
     promised: what holds of every record, if anything does.
     """
 
@@ -103,11 +104,28 @@ class Candidates:
         ins, outs = chosen[:each], rng.permutation(len(held_out))[:each]
         both = shadows.joined(taken(trained, ins), taken(held_out, outs))
         order = rng.permutation(2 * each)
-        place = np.argsort(order)
-        pairs = np.stack([place[:each], place[each:]], axis=1)
+        asked = taken(both, order)
+        pairs = _paired(order < each, asked, rng)
         truth = Members(order < each, pairs, seed, promised, notes)
         rest = taken(trained, chosen[each:]) if each < len(trained) else None
-        return cls(taken(both, order), truth, rest)
+        return cls(asked, truth, rest)
+
+
+def _paired(
+    member: NDArray[np.bool_], asked: Records, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Members and non-members of the same class at random, as many as there are of both."""
+    target = asked.target.numpy()
+    strata = target if target.dtype == np.int64 else np.zeros(len(target), np.int64)
+    pairs = []
+    for stratum in np.unique(strata):
+        ins, outs = (
+            rng.permutation(np.flatnonzero((strata == stratum) & which))
+            for which in (member, ~member)
+        )
+        many = min(len(ins), len(outs))
+        pairs.append(np.stack([ins[:many], outs[:many]], axis=1))
+    return np.concatenate(pairs)
 
 
 def taken(records: Records, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Records:
@@ -139,23 +157,30 @@ def candidates(case: Case) -> Candidates:
             "membership takes 4 and 2 at least"
         )
     seed = int.from_bytes(case.experiment.digest()[:6], "big")
-    notes = []
-    privacy = case.experiment.privacy
-    if privacy is not None and privacy.unit == "person":
-        notes.append(
-            "the promised epsilon is not tested: it is a person's, and candidates are single "
-            "records"
-        )
+    promised, notes = _promised(case.experiment)
     if len(case.auditing) < len(case.sites):
-        notes.append(f"candidates are of {', '.join(case.auditing)} only")
-    return Candidates.drawn(trained, held_out, each, seed, _promised(case.experiment), tuple(notes))
+        notes = (*notes, f"candidates are of {', '.join(case.auditing)} only")
+    return Candidates.drawn(trained, held_out, each, seed, promised, notes)
 
 
-def _promised(experiment: Experiment) -> Promise | None:
-    privacy = experiment.privacy
-    if privacy is None or privacy.unit == "person":
-        return None
-    return Promise(privacy.epsilon, privacy.delta)
+def _promised(experiment: Experiment) -> tuple[Promise | None, tuple[str, ...]]:
+    """What is promised of any record of a run; and why that is not tested, where it is not."""
+    privacy, schema = experiment.privacy, experiment.data.agreed
+    if privacy is None:
+        return None, ()
+    if privacy.unit == "person":
+        why = "it is a person's, and candidates are single records"
+    elif schema is None and experiment.data.test_column is None:
+        if experiment.sites.partition != "column":
+            return Promise(privacy.epsilon, privacy.delta), ()
+        why = "test records were drawn at each site apart"
+    elif schema is None or schema.test is not None:
+        why = "test records were not drawn at random"
+    elif schema.person is None or privacy.unit == "record":
+        return Promise(privacy.epsilon, privacy.delta), ()
+    else:
+        why = "test records were drawn a person at a time"
+    return None, (f"the promised epsilon is not tested: {why}",)
 
 
 def released(case: Case, auxiliary: bool = True) -> Trial[Members]:
@@ -168,7 +193,7 @@ def released(case: Case, auxiliary: bool = True) -> Trial[Members]:
     view = case.released()
     count = len(asked.rest or ()) + len(asked.asked) // 2
     quick = case.profile is Profile.quick
-    afforded = shadows.affordable(view.public, count, *((6e9, 32) if quick else (6e11, 256)))
+    afforded = shadows.affordable(view.public, count, *((2e11, 32) if quick else (6e12, 256)))
     given = Given(asked.asked, asked.rest if auxiliary else None, afforded)
     return Trial(view, asked.truth, given)
 
@@ -239,9 +264,9 @@ def _against_promise(scores: NDArray[np.float64], truth: Members, seed: int) -> 
 
     In every pair the one with the higher score is guessed to be the member. Exchanging the two is
     removing one record and adding another, so that pairs' coins are protected with 2 epsilon and
-    (1 + e^epsilon) delta; one run's many guesses are bounded by Steinke, Nasr and Jagielski 2023,
-    theorem 5.2. How many of the clearest pairs to guess is chosen on one half of them, and tested
-    once on the other.
+    (1 + e^epsilon) delta (two steps of group privacy); one run's many guesses are bounded by
+    Steinke, Nasr and Jagielski 2023, theorem 5.2. How many of the clearest pairs to guess is chosen
+    on one half of them, and tested once on the other.
 
     Formal Guarantees: where records were divided at random into training and test records, and the
     promise holds, the result is at most x with probability at most x, for every x.

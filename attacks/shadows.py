@@ -58,7 +58,10 @@ def differences(public: Public) -> tuple[str, ...]:
 
 
 def affordable(public: Public, records: int, operations: float, most: int) -> int:
-    """How many shadow models of `records` records come to so many multiplications; 4 to `most`."""
+    """How many shadow models of `records` records come to so many operations; 4 to `most`.
+
+    A rough count, of which one processor core does about 10^10 a second.
+    """
     experiment, module = public.parsed(), public.module()
     seen = 0
 
@@ -72,12 +75,15 @@ def affordable(public: Public, records: int, operations: float, most: int) -> in
         layer.register_forward_hook(count)
     with torch.no_grad():
         module(torch.zeros(1, *public.shape))
-    steps = experiment.rounds * experiment.training.local_steps
-    plan = public.plan()
-    batch = min(experiment.training.batch_size * len(public.sites), records)
-    if isinstance(plan, RecordLocal | RecordDistributed):
-        batch = math.ceil(plan.rate * records)
-    one = 6 * steps * batch * max(1, seen)  # forwards, and twice that backwards, for w and x
+    # Forwards, and twice that backwards, for weights and inputs; and what every step costs anyhow.
+    plan, step = public.plan(), 10_000_000
+    if isinstance(plan, RecordLocal | RecordDistributed):  # every record's gradient is written down
+        size = models.layout(module).size
+        step += math.ceil(plan.rate * records) * (60 * seen + 100 * size)
+    else:
+        batch = min(experiment.training.batch_size * len(public.sites), records)
+        step += 6 * batch * seen
+    one = experiment.rounds * experiment.training.local_steps * step
     return max(4, min(most, int(operations / one)))
 
 

@@ -5,8 +5,9 @@
 Digits has 1,797 records: no single model has the 2,995 non-members that a true-positive rate at
 0.1 % false positives takes. So many target models are attacked, as in the papers: every model is
 trained on a random half of 600 records, which it learns by heart, wrong labels too; each is the
-target in turn, the others are its shadow models, and the scores of all targets are pooled. A record's scores under different targets are not independent: intervals are bootstrapped
-over records, each with all its scores. Prints one JSON list of rows, as published.py does.
+target in turn, the others are its shadow models, and the scores of all targets are pooled. A
+record's scores under different targets are not independent: intervals are bootstrapped over
+records, each with all its scores. Prints one JSON list of rows, as published.py does.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def test_every_candidate_is_in_half_of_the_shadow_models():
 
 def test_more_shadow_models_are_afforded_of_smaller_runs():
     small, large = public(), public("rounds=5000")
-    assert shadows.affordable(small, 60, 1e9, 32) == 32
-    assert 4 <= shadows.affordable(large, 60, 1e9, 32) < 32
+    assert shadows.affordable(small, 60, 1e12, 32) == 32
+    assert 4 <= shadows.affordable(large, 60, 1e12, 32) < 32
     assert shadows.affordable(large, 60, 1.0, 32) == 4
 
 
@@ -200,7 +200,9 @@ def test_candidates_are_as_many_members_as_others_and_the_rest_is_kept_apart():
     assert len(rest) == 5
     assert rest < trained
     assert not rest & {bytes(row) for row in found.asked.features.numpy()}
-    assert sorted(found.truth.pairs.ravel()) == list(range(60))
+    classes = found.asked.target.numpy()[found.truth.pairs]
+    assert (classes[:, 0] == classes[:, 1]).all()
+    assert len(set(found.truth.pairs.ravel())) == found.truth.pairs.size > 40
     assert 5 < found.truth.member[:30].sum() < 25  # shuffled
     with pytest.raises(ValueError, match="one member and one non-member"):
         Members(found.truth.member, found.truth.pairs[:, ::-1], 0)
@@ -256,7 +258,7 @@ def test_a_broken_promise_has_a_small_p_and_one_that_is_kept_has_not(seen):
     for seed in range(60):
         truth = drawn(each, promised, seed).truth
         odds = math.exp(2 * promised.epsilon + seen)
-        right = rng.random(each) < odds / (1 + odds)
+        right = rng.random(len(truth.pairs)) < odds / (1 + odds)
         scores = np.zeros(2 * each)
         scores[truth.pairs[:, 0]] = right
         scores[truth.pairs[:, 1]] = ~right
