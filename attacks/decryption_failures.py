@@ -34,13 +34,13 @@ from protocols.bfv import (
     DEGREE,
     MODULUS,
     MODULUS_BITS,
-    SEED_BYTES,
     Parameters,
     SecretKey,
     Sum,
     largest_plain_bits,
 )
 from protocols.bitpacking import packed_size
+from protocols.framing import SEED_BYTES
 from protocols.keystream import Seed
 from securefl import agreement
 from securefl.config import Experiment

@@ -44,9 +44,10 @@ from attacks.shared_key import (
 )
 from attacks.view import Array, ColludingView, Given, Recording, ServerView
 from protocols import masks, secagg, shamir
-from protocols.bfv import DEGREE, MODULUS, SEED_BYTES, Parameters
+from protocols.bfv import DEGREE, MODULUS, Parameters
 from protocols.bitpacking import pack, packed_size, unpack
 from protocols.catalogue import UPLOAD
+from protocols.framing import SEED_BYTES
 from protocols.keystream import Seed
 from protocols.masks import MaskKey
 from protocols.messages import MaskAdvertisements, RelayedSecrets, ReleasedShares

@@ -14,7 +14,7 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from attacks.view import Array, ColludingView, Contributed, Drawn, Public, Recording, ServerView
+from attacks.view import Array, ColludingView, Contributed, Public, Recording, ServerView
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.encoding import FixedPoint
 from protocols.identity import digest
@@ -24,7 +24,7 @@ from protocols.rounds import Expected, make_identities
 from securefl import agreement, config, models
 from securefl.messages import Answer, Request
 from securefl.state import GlobalState
-from securefl.transcript import Crossing
+from securefl.transcript import Crossing, Drawn
 
 Updates = Mapping[str, NDArray[np.float64]]
 """A round's updates by site, float64[d]."""
