@@ -178,17 +178,7 @@ def assess(
 ) -> Row:
     """What `attack` shows on a run, beside its two controls. Claims are judged later: `judged`."""
     started = time.perf_counter()
-    claim = attack.claim(case.experiment)
-    row = Row(
-        attack=attack.name,
-        title=attack.title,
-        source=attack.source,
-        claim=claim.sentence,
-        made=claim.made,
-        assumption=claim.assumption,
-        argument=claim.argument,
-        verdict="not assessed",
-    )
+    row, claim = _empty(attack, case), attack.claim(case.experiment)
     try:
         trial = attack.trial(case)
         worlds = [
@@ -229,6 +219,21 @@ def assess(
         undefended=Control(undefended.results, undefended.succeeded, undefended.curves),
         no_signal=Control(no_signal.results, no_signal.succeeded, no_signal.curves),
         seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+def _empty(attack: Attack[Any, Any], case: Case) -> Row:
+    """What is known before an attack is tried."""
+    claim = attack.claim(case.experiment)
+    return Row(
+        attack=attack.name,
+        title=attack.title,
+        source=attack.source,
+        claim=claim.sentence,
+        made=claim.made,
+        assumption=claim.assumption,
+        argument=claim.argument,
+        verdict="not assessed",
     )
 
 
@@ -329,17 +334,23 @@ def _in_parallel(
 
     def work() -> None:
         try:
-            with _Worker() as worker:
-                while not errors:
-                    try:
-                        name = waiting.get_nowait()
-                    except queue.Empty:
-                        return
-                    told(name, 0.0, "running")
-                    own = str(case.own) if case.own is not None else None
-                    job = _Job(str(case.folder), own, case.profile, name, seed)
-                    rows[name] = worker.do(job, told)
-                    told(name, 1.0, rows[name].verdict)
+            while not errors and (name := _next(waiting)) is not None:
+                with _Worker() as worker:
+                    while name is not None:
+                        told(name, 0.0, "running")
+                        own = str(case.own) if case.own is not None else None
+                        job = _Job(str(case.folder), own, case.profile, name, seed)
+                        try:
+                            rows[name] = worker.do(job, told)
+                        except AttackFailedError as error:  # and a new process for the next
+                            row = _empty(attacks.find(name), case)
+                            rows[name] = msgspec.structs.replace(
+                                row, verdict="no conclusion", reason=str(error)
+                            )
+                            told(name, 1.0, "no conclusion")
+                            break
+                        told(name, 1.0, rows[name].verdict)
+                        name = None if errors else _next(waiting)
         except BaseException as error:
             errors.append(error)
 
@@ -351,6 +362,13 @@ def _in_parallel(
     if errors:
         raise errors[0]
     return rows
+
+
+def _next(waiting: queue.SimpleQueue[str]) -> str | None:
+    try:
+        return waiting.get_nowait()
+    except queue.Empty:
+        return None
 
 
 @final
@@ -412,11 +430,11 @@ def serve(source: Any, sink: Any) -> None:
                 send(sink, msgspec.msgpack.encode(_Part(float(fraction))))
 
             row = assess(attacks.find(job.attack), cases[key], job.seed, told)
-            said: _Done | _Stopped = _Done(row)
+            said = msgspec.msgpack.encode(_Done(row))
         except Exception as error:
             line = " ".join(f"{job.attack}: {type(error).__name__}: {error}".split())[:500]
-            said = _Stopped(line)
-        send(sink, msgspec.msgpack.encode(said))
+            said = msgspec.msgpack.encode(_Stopped(line))
+        send(sink, said)
 
 
 # --- what the audit stands on ------------------------------------------------------------------

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import math
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -173,7 +175,7 @@ def score(guess: Reading, truth: Contributions, seed: int) -> Score:
     mean = float(np.mean(likeness)) if likeness else guess.likeness
     if not likeness:
         about, compared = "aggregate", sum(item.values.shape[0] for item in guess.read)
-    half = 1.96 / np.sqrt(max(compared, 4))
+    half = 1.96 / math.sqrt(max(compared, 4))
     p = min([1.0, *(_tail(item) * item.times for item in guess.counted)]) * len(guess.counted)
     p = 0.0 if guess.odd_sizes else min(1.0, p)
     results = (
