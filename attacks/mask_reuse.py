@@ -33,6 +33,7 @@ from attacks.attack import (
 )
 from attacks.rehearsal import Rehearsal, gaussian_updates, rehearse
 from attacks.shared_key import (
+    KEYED,
     SURE,
     Contributions,
     Training,
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 
 Seen = ServerView | ColludingView
 Slots = NDArray[np.uint64]
+SEED_BYTES: Final = 64
+CKKS_DEGREE: Final = 8192
 _MOST_SLOTS: Final = 4096
 """Of each vector, at most: enough for any p."""
 
@@ -107,13 +110,14 @@ def adversary(view: Seen, given: Given, seed: int, progress: Progress) -> Repeat
     for done, training in enumerate(rounds):
         said = uploads(view.crossings, training.number)
         parts = {site: item.payload for site, item in said.items()}
-        if protocol in ("bfv", "masked-bfv"):
-            told = _seeds(training, parts)
+        if protocol in KEYED:
+            told = _seeds(protocol, training, parts)
             for own in told.values():
                 ciphertexts += len(own)
                 repeats += sum(item in seeds for item in own)
                 seeds.update(own)
-            found += _same_seed(training, parts, told)
+            if protocol != "ckks":
+                found += _same_seed(training, parts, told)
         plain = _masked(view, protocol, training, parts)
         for site, slots in plain.items():
             vectors["uploaded"][training.number, site] = slots[:_MOST_SLOTS]
@@ -244,12 +248,13 @@ def _repeat(
     return Repeat(told, *a, *b, small, len(numbers), Array.of(difference))
 
 
-def _seeds(training: Training, parts: Mapping[str, bytes]) -> dict[str, list[bytes]]:
+def _seeds(protocol: str, training: Training, parts: Mapping[str, bytes]) -> dict[str, list[bytes]]:
     """The seed of c1 of every block of every upload."""
-    parameters = Parameters(training.encoding.plain_bits, training.encoding.cohort)
-    each, blocks = parameters.block_bytes, -(-training.slots // DEGREE)
+    each = Parameters(training.encoding.plain_bits, training.encoding.cohort).block_bytes
+    if protocol == "ckks":  # two residues of every coefficient, of 60 and of 40 bits
+        each = SEED_BYTES + packed_size(CKKS_DEGREE, 60) + packed_size(CKKS_DEGREE, 40)
     return {
-        site: [data[i * each : i * each + SEED_BYTES] for i in range(blocks)]
+        site: [data[at : at + SEED_BYTES] for at in range(0, len(data), each)]
         for site, data in parts.items()
     }
 
@@ -310,12 +315,12 @@ def score(guess: Repeats, truth: Contributions, seed: int) -> Score:
         ),
     )
     count = worst.fields if worst is not None else 0
+    seeds = f"{guess.seeds} seeds of ciphertexts: one that is used twice would show"
     limit = (
         f"{guess.vectors} masked vectors as uploaded and {guess.unmasked} without what the server "
         f"takes off, {guess.compared} pairs of {count} numbers: a mask used twice would show"
         if guess.vectors
-        else f"{guess.seeds} seeds of ciphertexts: masks lie under the encryption, of which no key "
-        "leaked"
+        else seeds
     )
     return Score(results, p < SURE, p, limit)
 
@@ -350,8 +355,8 @@ def claim(experiment: Experiment) -> Claim:
 def trial(case: Case) -> Trial[Contributions]:
     """The server, with one site's HE key where vectors are encrypted and a site recorded itself."""
     name = str(case.experiment.protocol.name)
-    if name in ("plain", "ckks"):
-        raise UnavailableError(f"{name} has no masks, and no ciphertexts of this form")
+    if name == "plain":
+        raise UnavailableError("plain has no masks and no ciphertexts")
     recordings = []
     for site in case.sites:
         try:

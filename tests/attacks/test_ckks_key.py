@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attacks import ckks_key
-from attacks.attack import Profile, UnavailableError, guess
+from attacks.attack import Profile, guess
 from attacks.ckks_key import ATTACK, DEGREE, MITIGATIONS, World, verdict
 from attacks.view import Given
 from securefl.config import Encryption, Experiment
@@ -100,11 +100,3 @@ def test_of_exact_protocols_nothing_is_claimed(protocol):
     claim = ATTACK.claim(Experiment(protocol=Encryption(name=protocol)))
     assert not claim.made
     assert claim.argument is None
-
-
-def test_a_run_that_opens_exact_sums_is_not_tried():
-    class Exact:
-        experiment = Experiment()
-
-    with pytest.raises(UnavailableError, match="only ckks"):
-        ATTACK.trial(Exact())

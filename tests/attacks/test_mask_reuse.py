@@ -6,10 +6,10 @@ import pytest
 
 from attacks import mask_reuse
 from attacks.attack import Profile, guess
-from attacks.mask_reuse import ATTACK, _trial, _unmasked, rehearsed, reusing
+from attacks.mask_reuse import ATTACK, SEED_BYTES, _trial, _unmasked, rehearsed, reusing
 from attacks.shared_key import trainings, uploads
 from attacks.view import Given
-from protocols.bfv import SEED_BYTES, Parameters, SecretKey
+from protocols.bfv import Parameters, SecretKey
 from protocols.bitpacking import pack, unpack
 from protocols.catalogue import UPLOAD
 from protocols.keystream import Seed
