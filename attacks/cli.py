@@ -201,23 +201,22 @@ def _bars() -> Iterator[Told]:
 
 def _print(found: Audit) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("attack", "verdict", "figure", "95 % interval", "baseline", "n"):
-        table.add_column(name, overflow="fold")
+    table.add_column("attack", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("what it found (who sees nothing; n)")
     for row in found.rows:
-        first = row.results[0] if row.results else None
-        figure = ("", "", "", "")
-        if first is not None:
-            figure = _cells(first)
-        style = "bold red" if row.verdict == "contradicted" else ""
-        table.add_row(row.attack, row.verdict, *figure, style=style)
+        told = row.reason
+        if row.results:
+            figure, interval, baseline, n = _cells(row.results[0])
+            told = f"{figure}{f', {interval}' if interval else ''} ({baseline}; {n})"
+        style = {"contradicted": "bold red", "not assessed": "dim"}.get(row.verdict, "")
+        table.add_row(row.attack, row.verdict, escape(told), style=style)
     console = Console(highlight=False)
     console.print(table)
-    for row in found.rows:
-        if row.verdict in ("not assessed", "no conclusion"):
-            console.print(f"{row.attack}: {row.verdict}: {row.reason}", style="dim", markup=False)
 
 
 def _cells(result: AttackResult) -> tuple[str, str, str, str]:

@@ -48,7 +48,6 @@ from securefl.config import Experiment
 if TYPE_CHECKING:
     from attacks.case import Case
 
-_SEED_BYTES: Final = 64
 _ERROR: Final = 3.24  # standard deviation of a fresh error: a centred binomial of 42 coins
 
 
@@ -72,15 +71,15 @@ class Chosen:
 
     @property
     def block_bytes(self) -> int:
-        return _SEED_BYTES + packed_size(DEGREE, self.upload_bits)
+        return SEED_BYTES + packed_size(DEGREE, self.upload_bits)
 
     def upload_bytes(self, slots: int) -> int:
         blocks, rest = divmod(slots, DEGREE)
-        last = _SEED_BYTES + packed_size(rest, self.upload_bits) if rest else 0
+        last = SEED_BYTES + packed_size(rest, self.upload_bits) if rest else 0
         return blocks * self.block_bytes + last
 
     def sum_bytes(self, slots: int, contributions: int) -> int:
-        return packed_size(slots, self.sum_bits) + contributions * _SEED_BYTES * -(-slots // DEGREE)
+        return packed_size(slots, self.sum_bits) + contributions * SEED_BYTES * -(-slots // DEGREE)
 
     def unproved(self) -> Parameters:
         """The same, where Parameters is asked for."""

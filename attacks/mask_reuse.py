@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 
 Seen = ServerView | ColludingView
 Slots = NDArray[np.uint64]
-SEED_BYTES: Final = 64
 CKKS_DEGREE: Final = 8192
 _MOST_SLOTS: Final = 4096
 """Of each vector, at most: enough for any p."""

@@ -10,10 +10,9 @@ are uniform modulo a prime that is a power of two but for less than one part in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
-
-import math
 
 import msgspec
 import numpy as np
