@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -62,6 +62,7 @@ def render(audit: Audit) -> str:
             verdicts=VERDICTS,
             guarantee=_guarantee(audit),
             chance=_share(audit.level),
+            level=f"{audit.level / audit.tests:.2g}" if audit.tests else "",
         )
     )
 
@@ -86,9 +87,22 @@ def _claims(audit: Audit) -> list[list[_Told]]:
     for row in audit.rows:
         if row.results:
             told.setdefault((row.made, row.claim, row.assumption), []).append(_Told.of(row))
-    return sorted(
+    groups = sorted(
         told.values(), key=lambda rows: all(item.row.verdict != "contradicted" for item in rows)
     )
+    return [_one_cell_an_adversary(rows) for rows in groups]
+
+
+def _one_cell_an_adversary(rows: list[_Told]) -> list[_Told]:
+    """`rows` with those of one adversary together, and how many rows its cell spans."""
+    order = list(dict.fromkeys(item.adversary for item in rows))
+    together = sorted(rows, key=lambda item: order.index(item.adversary))
+    spans = [sum(x.adversary == item.adversary for x in rows) for item in together]
+    first = [i == 0 or together[i - 1].adversary != x.adversary for i, x in enumerate(together)]
+    return [
+        replace(item, adversaries=span if begins else 0)
+        for item, span, begins in zip(together, spans, first, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,8 @@ class _Told:
     limit: str
     figures: Sequence[tuple[str, str, str, str, str]]
     controls: Sequence[tuple[str, str, str]]
+    adversaries: int = 1
+    """Rows that the adversary's cell spans; 0 where one above spans this one."""
 
     @classmethod
     def of(cls, row: Row) -> _Told:
