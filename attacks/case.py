@@ -163,6 +163,10 @@ class Case:
     @cached_property
     def _fitted(self) -> Fitted:
         path = self.folder / PREPROCESSING
+        if not path.exists():  # made of declared values alone
+            made = agreement.preprocessor(self.experiment, len(self.sites))
+            assert made is not None  # noqa: S101 - asked only where there is one
+            return made.start()
         told = msgspec.json.decode(path.read_bytes(), type=_Told)
         return told.values
 

@@ -421,3 +421,92 @@ def test_what_the_server_saw_gives_the_sum_of_every_round(case):
 
 def records_of(case: Case) -> Records:
     return membership.taken(Records.of(case.tables("site-1")[0]), np.arange(20))
+
+
+TABLES = """
+version = 1
+name = "tables"
+rounds = 2
+[data]
+source = "table"
+path = "withheld-place/*.csv"
+test_fraction = 0.4
+[data.schema]
+version = 1
+name = "tables"
+label = "ill"
+[data.schema.columns.age]
+type = "number"
+range = [0, 100]
+[data.schema.columns.smoker]
+type = "category"
+categories = ["no", "yes"]
+[data.schema.columns.ill]
+type = "category"
+categories = ["no", "yes"]
+[sites]
+partition = "file"
+[preprocessing]
+scale = "range"
+impute = "middle"
+minimum_count = 0
+[privacy]
+epsilon = 3.0
+delta = 1e-3
+rate = 0.5
+expected_batch = 12
+[protocol]
+name = "plain"
+[transcript]
+consent = ["a", "b", "c"]
+"""
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A run on three files, whose features preprocessing makes."""
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / "withheld-place").mkdir()
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        rows = [
+            f"{rng.integers(20, 90)},{rng.choice(['no', 'yes'])},{rng.choice(['no', 'yes'])}"
+            for _ in range(60)
+        ]
+        (folder / "withheld-place" / f"{name}.csv").write_text("\n".join(["age,smoker,ill", *rows]))
+    place = f"data.path={folder / 'withheld-place' / '*.csv'}"
+    experiment = config.parse(TABLES, [place])
+    return Case.open(runs.run(experiment, folder / "run", report=False).directory)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=names)
+def test_a_run_on_tables_is_attacked_on_what_its_model_reads(tables, attack):
+    trial = attack.trial(tables)
+    assert b"withheld-place" not in msgspec.msgpack.encode(trial.view)
+    guessed = attack.adversary(trial.view, trial.given, 0, quiet)
+    told = attack.score(guessed, trial.truth, 0)
+    assert told.p is not None
+    assert not told.succeeded
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ((), None),
+        (("privacy.unit=site", "privacy.noise=distributed"), None),
+        (("sites.partition=column", "sites.column=place"), "at each site apart"),
+        (("data.test_column=part",), "not drawn at random"),
+        (("privacy.unit=person", "data.person=patient"), "a person's"),
+    ],
+)
+def test_a_promise_is_tested_only_where_records_were_held_out_at_random(overrides, why):
+    site = "privacy.unit=site" in overrides
+    privacy = RECORD[:2] if site else RECORD
+    sites = "partition" in str(overrides)
+    text = "version = 1\n[data]\nsource = 'table'\npath = 'x.csv'\nlabel = 'y'\n"
+    text += "" if sites else "[sites]\ncount = 3\n"
+    experiment = config.parse(text, [*privacy, *overrides])
+    promised, notes = membership._promised(experiment)
+    assert (promised is None) == bool(why)
+    assert (why or "") in " ".join(notes)
+    assert bool(notes) == bool(why)
