@@ -39,6 +39,9 @@ Progress = Callable[[float], None]
 _MOST_NUMBERS: Final = 1 << 23
 """Of per-record gradients at a time."""
 
+_AT_ONCE: Final = 1024
+"""Records that a model is asked about at a time."""
+
 DIFFERENCES: Final = (
     "shadow models divide their records among the sites at random, and in equal parts",
     "shadow models leave out the rounding of updates to integers, and rounds that were aborted",
@@ -58,7 +61,7 @@ def differences(public: Public) -> tuple[str, ...]:
 
 
 def affordable(public: Public, records: int, operations: float, most: int) -> int:
-    """How many shadow models of `records` records come to so many operations; 4 to `most`.
+    """How many shadow models of `records` records come to so many operations: even, 4 to `most`.
 
     A rough count, of which one processor core does about 10^10 a second.
     """
@@ -84,7 +87,7 @@ def affordable(public: Public, records: int, operations: float, most: int) -> in
         batch = min(experiment.training.batch_size * len(public.sites), records)
         step += 6 * batch * seen
     one = experiment.rounds * experiment.training.local_steps * step
-    return max(4, min(most, int(operations / one)))
+    return max(4, min(most, int(operations / one)) // 2 * 2)
 
 
 def train(
@@ -384,7 +387,9 @@ class _Together:
 
     def _gradient(self, weights: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         """The gradient of every line's mean loss over a batch, float32[lines, d]."""
-        step = max(1, _MOST_NUMBERS // (self._layout.size + self._features[0].numel()))
+        # What layers keep for going backwards is many times what they are given.
+        kept = 16 * rows.shape[1] * self._features[0].numel()
+        step = max(1, _MOST_NUMBERS // (self._layout.size + kept))
         parts = [
             self._mean(
                 weights[low:high],
@@ -402,9 +407,7 @@ class _Together:
 
 def losses(public: Public, weights: Weights, records: Records) -> Floats:
     """The loss of each record under each model, float64[models, n]; weights: float32[models, d]."""
-    loss = public.loss()
-    target = torch.from_numpy(records.target.numpy().copy())
-    return _of_outputs(public, weights, records, lambda given: loss(given, target))
+    return _of_outputs(public, weights, records, public.loss())
 
 
 def confidences(public: Public, weights: Weights, records: Records) -> Floats:
@@ -416,26 +419,26 @@ def confidences(public: Public, weights: Weights, records: Records) -> Floats:
     """
     if public.task != "classification" or ":" in public.parsed().model.loss:
         return -np.log(losses(public, weights, records) + 1e-12)
-    target = torch.from_numpy(records.target.numpy().copy())[:, None]
-
-    def scaled(given: Tensor) -> Tensor:
-        given = given.double()
-        others = given.scatter(1, target, -math.inf)
-        return given.gather(1, target)[:, 0] - others.logsumexp(1)
-
-    return _of_outputs(public, weights, records, scaled)
+    return _of_outputs(public, weights, records, _log_odds)
 
 
-def _of_outputs(
-    public: Public, weights: Weights, records: Records, told: Callable[[Tensor], Tensor]
-) -> Floats:
+def _log_odds(given: Tensor, target: Tensor) -> Tensor:
+    given, at = given.double(), target[:, None]
+    others = given.scatter(1, at, -math.inf)
+    return given.gather(1, at)[:, 0] - others.logsumexp(1)
+
+
+def _of_outputs(public: Public, weights: Weights, records: Records, told: models.Loss) -> Floats:
     module = public.module().eval()
     features = torch.from_numpy(records.features.numpy().copy())
+    target = torch.from_numpy(records.target.numpy().copy())
     found = np.empty((len(weights), len(records)))
     with torch.no_grad():
         for row, one in zip(found, weights, strict=True):
             models.assign(module, one)
-            row[:] = told(module(features)).double().numpy()
+            for start in range(0, len(records), _AT_ONCE):
+                at = slice(start, start + _AT_ONCE)
+                row[at] = told(module(features[at]), target[at]).double().numpy()
     return found
 
 

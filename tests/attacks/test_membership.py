@@ -450,11 +450,6 @@ partition = "file"
 scale = "range"
 impute = "middle"
 minimum_count = 0
-[privacy]
-epsilon = 3.0
-delta = 1e-3
-rate = 0.5
-expected_batch = 12
 [protocol]
 name = "plain"
 [transcript]
@@ -485,7 +480,7 @@ def test_a_run_on_tables_is_attacked_on_what_its_model_reads(tables, attack):
     assert b"withheld-place" not in msgspec.msgpack.encode(trial.view)
     guessed = attack.adversary(trial.view, trial.given, 0, quiet)
     told = attack.score(guessed, trial.truth, 0)
-    assert told.p is not None
+    assert told.p is None
     assert not told.succeeded
 
 
@@ -510,3 +505,12 @@ def test_a_promise_is_tested_only_where_records_were_held_out_at_random(override
     assert (promised is None) == bool(why)
     assert (why or "") in " ".join(notes)
     assert bool(notes) == bool(why)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_promise_to_rows_of_tables_is_tested_unless_their_files_say_which_are_for_tests(marked):
+    mark = "[data.schema.columns.part]\ntype = 'text'\n[sites]"
+    text = TABLES.replace('label = "ill"', 'label = "ill"\ntest = "part"') if marked else TABLES
+    experiment = config.parse(text.replace("[sites]", mark) if marked else text, RECORD)
+    promised, notes = membership._promised(experiment)
+    assert (promised is None) == marked == bool(notes)
