@@ -27,6 +27,7 @@ from attacks.view import Array, Public, Records
 from protocols.encoding import Integers
 from securefl import agreement, models
 from securefl.algorithms import server_rule
+from securefl.config import Experiment
 from securefl.privacy import clipping
 from securefl.privacy.plan import RecordDistributed, RecordLocal, SiteDistributed
 from securefl.privacy.training import Trainer
@@ -138,9 +139,9 @@ def train_alone(
         )
         for rows in divided
     ]
-    weighing = _weighing(public, np.array([[len(rows) for rows in divided]]))[0]
+    weighing = _weighing(experiment, public.sites, np.array([[len(rows) for rows in divided]]))[0]
     for number in range(experiment.rounds):
-        if _stopped(public, state):
+        if _stopped(experiment, state):
             break
         given = state.weights, state.mask, rng.bytes, state.clip_scale
         if isinstance(encoding, Integers):
@@ -156,20 +157,20 @@ def train_alone(
     return state.released
 
 
-def _stopped(public: Public, state: GlobalState) -> bool:
-    stopping = public.parsed().stopping
+def _stopped(experiment: Experiment, state: GlobalState) -> bool:
+    stopping = experiment.stopping
     return stopping is not None and state.quiet >= stopping.patience
 
 
-def _weighing(public: Public, counts: NDArray[np.int64]) -> Floats:
+def _weighing(experiment: Experiment, sites: tuple[str, ...], counts: NDArray[np.int64]) -> Floats:
     """Each site's share of a mean, float64[models, sites], by its records' number where they ask.
 
     counts: int64[models, sites].
     """
-    aggregation = public.parsed().aggregation
+    aggregation = experiment.aggregation
     raw = np.ones(counts.shape)
     if aggregation.weighting == "declared":
-        raw *= [aggregation.weights[site] for site in public.sites]
+        raw *= [aggregation.weights[site] for site in sites]
     elif aggregation.weighting == "records":
         raw *= counts
     shares: Floats = raw / raw.sum(1, keepdims=True)
@@ -240,7 +241,7 @@ class _Together:
             means = self._means(states)
             states = [
                 state
-                if _stopped(self._public, state)
+                if _stopped(experiment, state)
                 else apply(state, mean, rule, self._layout, experiment)
                 for state, mean in zip(states, means, strict=True)
             ]
@@ -273,7 +274,11 @@ class _Together:
         told = updates[:, size:].astype(np.float32)
         updates[:, size:] = clipping.uploaded(self._experiment, told)
         shaped = np.clip(updates, -clip, clip).reshape(self._models, self._sites, -1)
-        shares = _weighing(self._public, self._counts.reshape(self._models, self._sites))
+        shares = _weighing(
+            self._experiment,
+            self._public.sites,
+            self._counts.reshape(self._models, self._sites),
+        )
         mean: Floats = np.einsum("msd,ms->md", shaped, shares)
         return mean
 

@@ -113,7 +113,7 @@ SITE = (*RECORD[:2], "rounds=2", "privacy.unit=site", "privacy.clip=0.2")
 )
 def test_models_trained_at_once_have_the_noise_of_those_that_sites_train(overrides):
     told, pool, rng = public(*overrides), records(60), np.random.default_rng(3)
-    many, few = 300, 16
+    many, few = 300, 12
     together = shadows.train(told, pool, np.ones((many, 60), np.bool_), rng)
     alone = np.stack(
         [shadows.train_alone(told, pool, np.ones(60, np.bool_), rng) for _ in range(few)]
@@ -285,7 +285,8 @@ def test_no_promise_no_p_and_no_claim():
 def scored(attack: Attack[Any, Any], world: Callable[[int, Profile], Any], seed: int) -> Any:
     trial = world(seed, Profile.quick)
     attack.check(trial.view, trial.given)
-    guessed = attack.adversary(trial.view, trial.given, seed, quiet)
+    given = msgspec.structs.replace(trial.given, shadows=8)
+    guessed = attack.adversary(trial.view, given, seed, quiet)
     return attack.score(guessed, trial.truth, seed)
 
 
@@ -338,10 +339,10 @@ def benchmark() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("targets", "least"), [(20, 10), pytest.param(64, 10, marks=pytest.mark.slow)]
+    ("targets", "least"), [(16, 10), pytest.param(64, 10, marks=pytest.mark.slow)]
 )
 def test_lira_finds_ten_times_as_many_members_as_the_loss_at_a_thousandth(targets, least):
-    found = benchmark().attacked(targets, records=600 if targets > 20 else 320, rounds=20, seed=1)
+    found = benchmark().attacked(targets, records=600 if targets > 16 else 400, rounds=20, seed=1)
     rates = {name: one.roc().tpr_at(0.001) for name, one in found.items()}
     assert rates["lira"].rate > least * max(rates["loss"].rate, 0.001)
     for one in found.values():
