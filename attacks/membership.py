@@ -382,13 +382,3 @@ def overfitted(
     view = ReleasedModelView(public, Array.of(weights))
     given = Given(drawn.asked, rest if auxiliary else None, count)
     return Trial(view, drawn.truth, given)
-
-
-def accuracy(view: ReleasedModelView, records: Records) -> float:
-    """The share of records that the model classifies as their label says."""
-    with np.errstate(over="ignore"):
-        sure = shadows.confidences(view.public, view.weights.numpy()[None], records)[0]
-    return float((sure > 0).mean())
-
-
-__all__ = ["Candidates", "Members", "Promise", "Scores", "candidates", "claim", "score"]

@@ -27,6 +27,7 @@ from attacks.view import Array, Public, Records
 from protocols.encoding import Integers
 from securefl import agreement, models
 from securefl.algorithms import server_rule
+from securefl.config import Experiment
 from securefl.privacy import clipping
 from securefl.privacy.plan import RecordDistributed, RecordLocal, SiteDistributed
 from securefl.privacy.training import Trainer
@@ -38,6 +39,9 @@ Progress = Callable[[float], None]
 
 _MOST_NUMBERS: Final = 1 << 23
 """Of per-record gradients at a time."""
+
+_AT_ONCE: Final = 1024
+"""Records that a model is asked about at a time."""
 
 DIFFERENCES: Final = (
     "shadow models divide their records among the sites at random, and in equal parts",
@@ -58,7 +62,7 @@ def differences(public: Public) -> tuple[str, ...]:
 
 
 def affordable(public: Public, records: int, operations: float, most: int) -> int:
-    """How many shadow models of `records` records come to so many operations; 4 to `most`.
+    """How many shadow models of `records` records come to so many operations: even, 4 to `most`.
 
     A rough count, of which one processor core does about 10^10 a second.
     """
@@ -84,7 +88,7 @@ def affordable(public: Public, records: int, operations: float, most: int) -> in
         batch = min(experiment.training.batch_size * len(public.sites), records)
         step += 6 * batch * seen
     one = experiment.rounds * experiment.training.local_steps * step
-    return max(4, min(most, int(operations / one)))
+    return max(4, min(most, int(operations / one)) // 2 * 2)
 
 
 def train(
@@ -135,9 +139,9 @@ def train_alone(
         )
         for rows in divided
     ]
-    weighing = _weighing(public, np.array([[len(rows) for rows in divided]]))[0]
+    weighing = _weighing(experiment, public.sites, np.array([[len(rows) for rows in divided]]))[0]
     for number in range(experiment.rounds):
-        if _stopped(public, state):
+        if _stopped(experiment, state):
             break
         given = state.weights, state.mask, rng.bytes, state.clip_scale
         if isinstance(encoding, Integers):
@@ -153,20 +157,20 @@ def train_alone(
     return state.released
 
 
-def _stopped(public: Public, state: GlobalState) -> bool:
-    stopping = public.parsed().stopping
+def _stopped(experiment: Experiment, state: GlobalState) -> bool:
+    stopping = experiment.stopping
     return stopping is not None and state.quiet >= stopping.patience
 
 
-def _weighing(public: Public, counts: NDArray[np.int64]) -> Floats:
+def _weighing(experiment: Experiment, sites: tuple[str, ...], counts: NDArray[np.int64]) -> Floats:
     """Each site's share of a mean, float64[models, sites], by its records' number where they ask.
 
     counts: int64[models, sites].
     """
-    aggregation = public.parsed().aggregation
+    aggregation = experiment.aggregation
     raw = np.ones(counts.shape)
     if aggregation.weighting == "declared":
-        raw *= [aggregation.weights[site] for site in public.sites]
+        raw *= [aggregation.weights[site] for site in sites]
     elif aggregation.weighting == "records":
         raw *= counts
     shares: Floats = raw / raw.sum(1, keepdims=True)
@@ -237,7 +241,7 @@ class _Together:
             means = self._means(states)
             states = [
                 state
-                if _stopped(self._public, state)
+                if _stopped(experiment, state)
                 else apply(state, mean, rule, self._layout, experiment)
                 for state, mean in zip(states, means, strict=True)
             ]
@@ -270,7 +274,11 @@ class _Together:
         told = updates[:, size:].astype(np.float32)
         updates[:, size:] = clipping.uploaded(self._experiment, told)
         shaped = np.clip(updates, -clip, clip).reshape(self._models, self._sites, -1)
-        shares = _weighing(self._public, self._counts.reshape(self._models, self._sites))
+        shares = _weighing(
+            self._experiment,
+            self._public.sites,
+            self._counts.reshape(self._models, self._sites),
+        )
         mean: Floats = np.einsum("msd,ms->md", shaped, shares)
         return mean
 
@@ -384,7 +392,9 @@ class _Together:
 
     def _gradient(self, weights: Tensor, rows: Tensor, share: Tensor) -> Tensor:
         """The gradient of every line's mean loss over a batch, float32[lines, d]."""
-        step = max(1, _MOST_NUMBERS // (self._layout.size + self._features[0].numel()))
+        # What layers keep for going backwards is many times what they are given.
+        kept = 16 * rows.shape[1] * self._features[0].numel()
+        step = max(1, _MOST_NUMBERS // (self._layout.size + kept))
         parts = [
             self._mean(
                 weights[low:high],
@@ -402,9 +412,7 @@ class _Together:
 
 def losses(public: Public, weights: Weights, records: Records) -> Floats:
     """The loss of each record under each model, float64[models, n]; weights: float32[models, d]."""
-    loss = public.loss()
-    target = torch.from_numpy(records.target.numpy().copy())
-    return _of_outputs(public, weights, records, lambda given: loss(given, target))
+    return _of_outputs(public, weights, records, public.loss())
 
 
 def confidences(public: Public, weights: Weights, records: Records) -> Floats:
@@ -416,26 +424,26 @@ def confidences(public: Public, weights: Weights, records: Records) -> Floats:
     """
     if public.task != "classification" or ":" in public.parsed().model.loss:
         return -np.log(losses(public, weights, records) + 1e-12)
-    target = torch.from_numpy(records.target.numpy().copy())[:, None]
-
-    def scaled(given: Tensor) -> Tensor:
-        given = given.double()
-        others = given.scatter(1, target, -math.inf)
-        return given.gather(1, target)[:, 0] - others.logsumexp(1)
-
-    return _of_outputs(public, weights, records, scaled)
+    return _of_outputs(public, weights, records, _log_odds)
 
 
-def _of_outputs(
-    public: Public, weights: Weights, records: Records, told: Callable[[Tensor], Tensor]
-) -> Floats:
+def _log_odds(given: Tensor, target: Tensor) -> Tensor:
+    given, at = given.double(), target[:, None]
+    others = given.scatter(1, at, -math.inf)
+    return given.gather(1, at)[:, 0] - others.logsumexp(1)
+
+
+def _of_outputs(public: Public, weights: Weights, records: Records, told: models.Loss) -> Floats:
     module = public.module().eval()
     features = torch.from_numpy(records.features.numpy().copy())
+    target = torch.from_numpy(records.target.numpy().copy())
     found = np.empty((len(weights), len(records)))
     with torch.no_grad():
         for row, one in zip(found, weights, strict=True):
             models.assign(module, one)
-            row[:] = told(module(features)).double().numpy()
+            for start in range(0, len(records), _AT_ONCE):
+                at = slice(start, start + _AT_ONCE)
+                row[at] = told(module(features[at]), target[at]).double().numpy()
     return found
 
 
