@@ -58,6 +58,8 @@ def test_another_key_than_the_true_one_is_not_taken_for_it():
         ("11 decimals", "broken"),
         ("4 decimals", "this attack fails"),
         ("updates of 4095 numbers, all of them", "broken"),
+        ("the first 4095 of 4096 slots", "broken"),
+        ("the first 4094 of 4096 slots", "broken"),
         ("the first 2048 of 4096 slots", "this attack fails"),
         ("float32, the server makes two ciphertexts", "broken"),
         ("2 decimals, the server makes two ciphertexts", "broken"),
