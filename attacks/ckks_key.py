@@ -9,9 +9,9 @@ SEAL decodes complex numbers, and one block gives the key. TenSEAL's `decrypt()`
 parts, which fix m'(X) + m'(1/X) only: half of the equations, so that two blocks under one key are
 taken, two equations for s(x) and s(1/x) at each point x. Vectors of more than 4096 values, or two
 rounds, give them. Whoever releases float32, rounded or fewer numbers blurs the integers. What is
-left of them is recovered by `_traces`: by rounding where the blur is far below half a unit; where few
-slots are blurred, by decoding these from all the others; where up to three are missing altogether,
-by reduction of a lattice.
+left of them is recovered by `_traces`: by rounding where the blur is far below half a unit; where
+few slots are blurred, by decoding these from all the others; and where up to three are withheld, by
+reduction of a lattice.
 """
 
 from __future__ import annotations

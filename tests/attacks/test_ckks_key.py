@@ -81,7 +81,7 @@ def test_more_rounds_under_one_key_make_float32_weaker():
     # A block whose integers happen to be sure is enough, and there are sixteen to choose from.
     few = World(released=ckks_key._float32, magnitude=1.25e-4, rounds=2)
     many = World(released=ckks_key._float32, magnitude=1.25e-4, rounds=16)
-    found = [sum(tried(w.trial(seed)).succeeded for seed in range(3)) for w in (few, many)]
+    found = [sum(tried(w.trial(seed)).succeeded for seed in range(2)) for w in (few, many)]
     assert found[1] >= found[0]
     assert found[1] > 0
 
