@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 Seen = ServerView | ColludingView
 Slots = NDArray[np.uint64]
-_SEED_BYTES: Final = 64
+SEED_BYTES: Final = 64
 CKKS_DEGREE: Final = 8192
 _MOST_SLOTS: Final = 4096
 """Of each vector, at most: enough for any p."""
@@ -251,9 +251,9 @@ def _seeds(protocol: str, training: Training, parts: Mapping[str, bytes]) -> dic
     """The seed of c1 of every block of every upload."""
     each = Parameters(training.encoding.plain_bits, training.encoding.cohort).block_bytes
     if protocol == "ckks":  # two residues of every coefficient, of 60 and of 40 bits
-        each = _SEED_BYTES + packed_size(CKKS_DEGREE, 60) + packed_size(CKKS_DEGREE, 40)
+        each = SEED_BYTES + packed_size(CKKS_DEGREE, 60) + packed_size(CKKS_DEGREE, 40)
     return {
-        site: [data[at : at + _SEED_BYTES] for at in range(0, len(data), each)]
+        site: [data[at : at + SEED_BYTES] for at in range(0, len(data), each)]
         for site, data in parts.items()
     }
 
@@ -269,10 +269,10 @@ def _same_seed(
         if seeds[a][0] != seeds[b][0]:
             continue
         size = min(training.slots, DEGREE)
-        end = _SEED_BYTES + packed_size(size, parameters.upload_bits)
+        end = SEED_BYTES + packed_size(size, parameters.upload_bits)
         first, second = (
             unpack(
-                np.frombuffer(parts[site][_SEED_BYTES:end], np.uint8), size, parameters.upload_bits
+                np.frombuffer(parts[site][SEED_BYTES:end], np.uint8), size, parameters.upload_bits
             ).astype(object)
             for site in (a, b)
         )
