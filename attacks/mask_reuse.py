@@ -101,7 +101,7 @@ class Repeats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def adversary(view: Seen, given: Given, seed: int, progress: Progress) -> Repeats:
     """The pair of masked vectors that differs by the smallest numbers, and repeated seeds."""
     del given, seed
-    protocol = view.public.parsed().protocol.name
+    protocol = str(view.public.parsed().protocol.name)
     rounds = trainings(view.public, view.crossings)
     vectors: dict[str, dict[tuple[int, str], Slots]] = {"uploaded": {}, "unmasked": {}}
     seeds, repeats = set[bytes](), 0

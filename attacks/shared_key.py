@@ -43,6 +43,7 @@ from securefl import agreement, models
 from securefl.config import Experiment
 from securefl.messages import Answer, Request, parse_reply
 from securefl.privacy import clipping
+from securefl.replicas import Standing
 from securefl.state import GlobalState
 from securefl.transcript import Crossing
 
@@ -104,8 +105,11 @@ def trainings(public: Public, crossings: Sequence[Crossing]) -> tuple[Training, 
             continue
         request = Request.from_bytes(item.data)
         if request.task.kind == "train":
-            state = GlobalState.from_message(request.model, size)
-            length = clipping.upload_length(experiment, state.surviving)
+            if experiment.protocol.reveal == "sites":
+                surviving = Standing.from_bytes(request.model).surviving
+            else:
+                surviving = GlobalState.from_message(request.model, size).surviving
+            length = clipping.upload_length(experiment, surviving)
             begin = Begin.from_bytes(request.body)
             found[item.number] = Training(item.number, begin, encoding, length)
     return tuple(found[number] for number in sorted(found))

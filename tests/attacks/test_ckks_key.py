@@ -58,6 +58,8 @@ def test_another_key_than_the_true_one_is_not_taken_for_it():
         ("11 decimals", "broken"),
         ("4 decimals", "this attack fails"),
         ("updates of 4095 numbers, all of them", "broken"),
+        ("the first 4095 of 4096 slots", "broken"),
+        ("the first 4094 of 4096 slots", "broken"),
         ("the first 2048 of 4096 slots", "this attack fails"),
         ("float32, the server makes two ciphertexts", "broken"),
         ("2 decimals, the server makes two ciphertexts", "broken"),
@@ -79,7 +81,7 @@ def test_more_rounds_under_one_key_make_float32_weaker():
     # A block whose integers happen to be sure is enough, and there are sixteen to choose from.
     few = World(released=ckks_key._float32, magnitude=1.25e-4, rounds=2)
     many = World(released=ckks_key._float32, magnitude=1.25e-4, rounds=16)
-    found = [sum(tried(w.trial(seed)).succeeded for seed in range(3)) for w in (few, many)]
+    found = [sum(tried(w.trial(seed)).succeeded for seed in range(2)) for w in (few, many)]
     assert found[1] >= found[0]
     assert found[1] > 0
 

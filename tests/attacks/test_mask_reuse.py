@@ -6,7 +6,7 @@ import pytest
 
 from attacks import mask_reuse
 from attacks.attack import Profile, guess
-from attacks.mask_reuse import ATTACK, SEED_BYTES, _trial, _unmasked, rehearsed, reusing
+from attacks.mask_reuse import ATTACK, _trial, _unmasked, rehearsed, reusing
 from attacks.shared_key import trainings, uploads
 from attacks.view import Given
 from protocols.bfv import Parameters, SecretKey
@@ -101,7 +101,7 @@ def test_two_uploads_whose_ciphertexts_share_a_seed_give_their_difference_away()
     parameters = Parameters(training.encoding.plain_bits, training.encoding.cohort)
     # site-2's c0 again, moved to what site-3 contributed: as if both had drawn one seed and error.
     c0 = unpack(
-        np.frombuffer(parts["site-2"][SEED_BYTES:], np.uint8),
+        np.frombuffer(parts["site-2"][64:], np.uint8),
         training.slots,
         parameters.upload_bits,
     )
@@ -112,7 +112,7 @@ def test_two_uploads_whose_ciphertexts_share_a_seed_give_their_difference_away()
     ):
         exact = (old << parameters.upload_cut) + ((b - a) * modulus + (1 << (p - 1)) >> p)
         moved.append((exact % modulus) >> parameters.upload_cut)
-    data = parts["site-2"][:SEED_BYTES]
+    data = parts["site-2"][:64]
     data += pack(np.array(moved, np.uint64), parameters.upload_bits).tobytes()
     said = msgspec.structs.replace(uploads(made.view.crossings, 1)["site-3"], payload=data)
     crossings = [
@@ -131,7 +131,7 @@ def test_two_uploads_whose_ciphertexts_share_a_seed_give_their_difference_away()
 
 def test_two_encryptions_under_one_key_never_share_a_seed():
     key = SecretKey(Seed(bytes(64)), Parameters(40, 4))
-    seeds = {bytes(key.encrypt([np.zeros(1, np.uint64)]))[:SEED_BYTES] for _ in range(20)}
+    seeds = {bytes(key.encrypt([np.zeros(1, np.uint64)]))[:64] for _ in range(20)}
     assert len(seeds) == 20
 
 
