@@ -23,7 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Final, final
 
@@ -442,7 +442,8 @@ def _losses(view: ReleasedModelView, records: Records) -> list[float]:
 # --- what guesses prove --------------------------------------------------------------------------
 
 
-def curve_p_value(m: int, r: int, v: int, pairs: Sequence[tuple[float, float]]) -> float:
+@lru_cache(maxsize=1 << 14)  # a calibration asks the same few counts often
+def curve_p_value(m: int, r: int, v: int, pairs: tuple[tuple[float, float], ...]) -> float:
     """The chance of v or more right of r guesses on m coins, bounded above, if training is
     (epsilon, delta)-DP for each of `pairs` at once.
 
@@ -451,23 +452,20 @@ def curve_p_value(m: int, r: int, v: int, pairs: Sequence[tuple[float, float]]) 
     coin gives probability x at least, the other gives at most
     min_i min(delta_i + e^epsilon_i x, 1 - e^-epsilon_i (1 - delta_i - x)).
 
-    >>> curve_p_value(100, 10, 10, [(0.0, 0.0)]) < 0.1
-    True
+    >>> round(curve_p_value(10, 10, 10, ((0.0, 0.0),)) * 1024, 3)
+    1.0
     """
     epsilons, deltas = (np.array(part) for part in zip(*pairs, strict=True))
-    kept = np.isfinite(epsilons)
+    kept = epsilons < 700  # e to more is no number, and says nothing
     epsilons, deltas = epsilons[kept], deltas[kept]
     if v == 0 or not len(epsilons):
         return 1.0
-    up, down = np.exp(epsilons), np.exp(-epsilons)
+    up, down, more = np.exp(epsilons), np.exp(-epsilons), np.expm1(epsilons) + deltas
 
     def least(right: float) -> float:
         """Of the wrong side, where the right one has `right`."""
-        return max(
-            0.0,
-            float(((right - deltas) * down).max()),
-            float((1 - deltas - (1 - right) * up).max()),
-        )
+        found = max(((right - deltas) * down).max(), (right * up - more).max())
+        return max(0.0, float(found))
 
     def possible(tau: float) -> bool:
         right, wrong, whole = tau * v / m, tau * (r - v) / m, r / m * (1 + 1e-12)
@@ -511,7 +509,7 @@ class _Judged:
         chosen = ways(len(self.coins))
         return evidence.audit(*told, rng=rng, confidence=self.confidence, guesses=chosen)
 
-    def _p(self, pairs: Sequence[tuple[float, float]], perfect: bool = False) -> float:
+    def _p(self, pairs: tuple[tuple[float, float], ...], perfect: bool = False) -> float:
         rng, m, found = np.random.default_rng(self.seed), len(self.coins), []
         chosen = ways(m)
         for way in chosen:
@@ -667,6 +665,8 @@ def trial(case: Case) -> Trial[Coins]:
     if experiment.privacy is None or experiment.privacy.unit == "record":
         # Of a person's rows only the mean is a gradient; the adversary does without.
         known = {s: Records.of(case.tables(s)[0]) for s in case.sites if s in case.auditing}
+        seen += ", who knows every real record"
+        seen += " but other sites'" if len(known) < len(case.sites) else ""
     truth = Coins(tossed, promised, isinstance(view, OpenedView), seen)
     return Trial(view, truth, Given(known=known))
 
@@ -724,7 +724,7 @@ def curve(
     plan: Plan, rounds: int, observer: Observer = Observer.OTHERS
 ) -> tuple[tuple[float, float], ...]:
     """(epsilon, delta) of `rounds` rounds by the plan's own account, at several deltas."""
-    deltas = [delta for delta in np.geomspace(1e-7, 0.5, 14).tolist() if delta != plan.delta]
+    deltas = [delta for delta in np.geomspace(1e-7, 0.9, 16).tolist() if delta != plan.delta]
     found = [(replace(plan, delta=delta).spent(rounds, observer), delta) for delta in deltas]
     return tuple(pair for pair in found if math.isfinite(pair[0]))
 
