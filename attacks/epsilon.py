@@ -71,7 +71,8 @@ _MOST_KNOWN: Final = 400
 _MOST_NUMBERS: Final = 4_000_000_000
 """Of gradients in all rounds together; beyond it only some rounds are read, evenly."""
 
-_GRID: Final = 8
+_GRID: Final = 9
+_SILENCE: Final = 1e-8
 _SPREADS: Final = (1.0, 30.0, 1000.0)
 """Levels of noise that are tried, and how much more than the plan says sampling may move a vector:
 the likeliest is believed, not the plan. Without a plan a site's batches are small, and its
@@ -322,8 +323,7 @@ class _Evidence:
             (float(r.left @ r.left) + r.beyond) / max(1, len(r.left) + r.rest) for r in self._rounds
         )
         top = 2 * max(energy, *self._planned, 1e-300)
-        low = max(1e-10 * top, min([p for p in self._planned if p > 0] or [0.0]) / 1e3)
-        levels = np.geomspace(min(low, top / 2), top, _GRID)
+        levels = np.geomspace(_SILENCE * top, top, _GRID)
         spreads = _SPREADS if any(item.spread.any() for item in self._rounds) else (1.0,)
         found = [self._at(level, spread) for level in levels for spread in spreads]
         return max(found, key=lambda one: one[0])[1]
