@@ -23,7 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Final, final
 
@@ -71,7 +71,8 @@ _MOST_KNOWN: Final = 400
 _MOST_NUMBERS: Final = 4_000_000_000
 """Of gradients in all rounds together; beyond it only some rounds are read, evenly."""
 
-_GRID: Final = 8
+_GRID: Final = 9
+_SILENCE: Final = 1e-8
 _SPREADS: Final = (1.0, 30.0, 1000.0)
 """Levels of noise that are tried, and how much more than the plan says sampling may move a vector:
 the likeliest is believed, not the plan. Without a plan a site's batches are small, and its
@@ -322,8 +323,7 @@ class _Evidence:
             (float(r.left @ r.left) + r.beyond) / max(1, len(r.left) + r.rest) for r in self._rounds
         )
         top = 2 * max(energy, *self._planned, 1e-300)
-        low = max(1e-10 * top, min([p for p in self._planned if p > 0] or [0.0]) / 1e3)
-        levels = np.geomspace(min(low, top / 2), top, _GRID)
+        levels = np.geomspace(_SILENCE * top, top, _GRID)
         spreads = _SPREADS if any(item.spread.any() for item in self._rounds) else (1.0,)
         found = [self._at(level, spread) for level in levels for spread in spreads]
         return max(found, key=lambda one: one[0])[1]
@@ -442,7 +442,8 @@ def _losses(view: ReleasedModelView, records: Records) -> list[float]:
 # --- what guesses prove --------------------------------------------------------------------------
 
 
-def curve_p_value(m: int, r: int, v: int, pairs: Sequence[tuple[float, float]]) -> float:
+@lru_cache(maxsize=1 << 14)  # a calibration asks the same few counts often
+def curve_p_value(m: int, r: int, v: int, pairs: tuple[tuple[float, float], ...]) -> float:
     """The chance of v or more right of r guesses on m coins, bounded above, if training is
     (epsilon, delta)-DP for each of `pairs` at once.
 
@@ -451,23 +452,20 @@ def curve_p_value(m: int, r: int, v: int, pairs: Sequence[tuple[float, float]]) 
     coin gives probability x at least, the other gives at most
     min_i min(delta_i + e^epsilon_i x, 1 - e^-epsilon_i (1 - delta_i - x)).
 
-    >>> curve_p_value(100, 10, 10, [(0.0, 0.0)]) < 0.1
-    True
+    >>> round(curve_p_value(10, 10, 10, ((0.0, 0.0),)) * 1024, 3)
+    1.0
     """
     epsilons, deltas = (np.array(part) for part in zip(*pairs, strict=True))
-    kept = np.isfinite(epsilons)
+    kept = epsilons < 700  # e to more is no number, and says nothing
     epsilons, deltas = epsilons[kept], deltas[kept]
     if v == 0 or not len(epsilons):
         return 1.0
-    up, down = np.exp(epsilons), np.exp(-epsilons)
+    up, down, more = np.exp(epsilons), np.exp(-epsilons), np.expm1(epsilons) + deltas
 
     def least(right: float) -> float:
         """Of the wrong side, where the right one has `right`."""
-        return max(
-            0.0,
-            float(((right - deltas) * down).max()),
-            float((1 - deltas - (1 - right) * up).max()),
-        )
+        found = max(((right - deltas) * down).max(), (right * up - more).max())
+        return max(0.0, float(found))
 
     def possible(tau: float) -> bool:
         right, wrong, whole = tau * v / m, tau * (r - v) / m, r / m * (1 + 1e-12)
@@ -511,7 +509,7 @@ class _Judged:
         chosen = ways(len(self.coins))
         return evidence.audit(*told, rng=rng, confidence=self.confidence, guesses=chosen)
 
-    def _p(self, pairs: Sequence[tuple[float, float]], perfect: bool = False) -> float:
+    def _p(self, pairs: tuple[tuple[float, float], ...], perfect: bool = False) -> float:
         rng, m, found = np.random.default_rng(self.seed), len(self.coins), []
         chosen = ways(m)
         for way in chosen:
@@ -541,12 +539,9 @@ class _Judged:
 
 def ways(m: int) -> tuple[evidence.Guesses, ...]:
     """How m coins are guessed, fixed before any is looked at: evenly all, a third and a tenth; and
-    heads alone a quarter and a tenth, for a site that trains on some of its records only shows
-    which these are, and of no other that it was out."""
-    return (
-        *evidence.standard_guesses(m),
-        *(evidence.Guesses(k, 0) for k in sorted({max(1, m // 4), max(1, m // 10)})),
-    )
+    a fifth as heads alone. A site that forgot its plan, and trains on a few of its records at a
+    time, shows which these are, and of no other that it was out."""
+    return *evidence.standard_guesses(m), evidence.Guesses(max(1, m // 5), 0)
 
 
 def score(guess: Guessed, truth: Coins, seed: int) -> Score:
@@ -667,6 +662,8 @@ def trial(case: Case) -> Trial[Coins]:
     if experiment.privacy is None or experiment.privacy.unit == "record":
         # Of a person's rows only the mean is a gradient; the adversary does without.
         known = {s: Records.of(case.tables(s)[0]) for s in case.sites if s in case.auditing}
+        seen += ", who knows every real record"
+        seen += " but other sites'" if len(known) < len(case.sites) else ""
     truth = Coins(tossed, promised, isinstance(view, OpenedView), seen)
     return Trial(view, truth, Given(known=known))
 
@@ -724,7 +721,7 @@ def curve(
     plan: Plan, rounds: int, observer: Observer = Observer.OTHERS
 ) -> tuple[tuple[float, float], ...]:
     """(epsilon, delta) of `rounds` rounds by the plan's own account, at several deltas."""
-    deltas = [delta for delta in np.geomspace(1e-7, 0.5, 14).tolist() if delta != plan.delta]
+    deltas = [delta for delta in np.geomspace(1e-7, 0.9, 16).tolist() if delta != plan.delta]
     found = [(replace(plan, delta=delta).spent(rounds, observer), delta) for delta in deltas]
     return tuple(pair for pair in found if math.isfinite(pair[0]))
 

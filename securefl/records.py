@@ -188,6 +188,8 @@ class Summary(_Record, frozen=True):
     """Training records (or people) of all sites, as preprocessing counted them."""
     counted: Literal["records", "people"] = "records"
     """What `trained_on` counts."""
+    canaries: int = 0
+    """Candidates of an audit at every site, about half of which it trained on besides."""
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.parameters < 1:

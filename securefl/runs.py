@@ -849,6 +849,7 @@ class _Job:
             intervals=dict(final.intervals) if final else {},
             trained_on=self.fitted.values.rows if self.fitted and self.fitted.stages else None,
             counted="people" if protected_by(experiment) else "records",
+            canaries=experiment.audit.canaries,
         )
 
     def _why_not_private(self) -> str | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attacks.attack import UnavailableError
+from attacks.case import Case
 from securefl import agreement, config, models, runs, simulation
 from securefl.canaries import candidates, join, read_coins, toss
 from securefl.config import ConfigurationError
 from securefl.data import Table
 from securefl.privacy.gradients import PerSampleGradients
 from securefl.privacy.training import Trainer
-from securefl.runs import run
-from securefl.store import SiteStore
+from securefl.runs import RunFailedError, run
+from securefl.site_folder import make_key
+from securefl.store import ServerStore, SiteStore
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Table, str | None]]:
@@ -71,7 +78,9 @@ def test_gradients_of_candidates_reach_the_clip_and_are_nearly_orthogonal(small)
     module = models.build(experiment.model, (64,), 10, 0)
     each = PerSampleGradients(module, loss_reduction="sum")
     loss = models.loss(experiment.model, "classification")
-    loss(each(torch.from_numpy(features)), torch.from_numpy(target)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        loss(each(torch.from_numpy(features)), torch.from_numpy(target)).sum().backward()
     gradients = np.concatenate(
         [part.grad_sample.reshape(200, -1).numpy() for part in module.parameters()], axis=1
     )
@@ -178,6 +187,44 @@ def test_worker_processes_toss_their_sites_coins(small, tmp_path):
     assert {len(read_coins(own(folder, f"site-{i}"))) for i in (1, 2, 3)} == {16}
 
 
+@pytest.fixture
+def folders(tmp_path) -> Callable[[str], Path]:
+    """`folders(policy)`: a folder for each of three sites, with those lines in each policy."""
+
+    def made(policy: str) -> Path:
+        for name in ("site-1", "site-2", "site-3"):
+            folder = tmp_path / "own" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "site.key").exists():
+                make_key(folder)
+            (folder / "site.toml").write_text(
+                f'version = 1\nname = "{name}"\n[data]\nid = "rows"\npurpose = "a trial"\n'
+                '[budget]\nunit = "record"\nepsilon = 90.0\ndelta = 1e-3\n'
+                f'[policy]\nconsent = "standing"\nunknown_sites = true\n{policy}\n'
+            )
+        return tmp_path / "own"
+
+    return made
+
+
+def test_sites_take_part_with_canaries_only_where_their_policies_permit_it(
+    small, private, folders, tmp_path
+):
+    experiment = small("protocol.name=secagg", "rounds=1", *private, "audit.canaries=12")
+    with pytest.raises(RunFailedError, match=r"policy\.canaries: proposed is 12 canaries"):
+        run(experiment, tmp_path / "refused", sites=folders(""), report=False)
+    own_folders = folders("canaries = true")
+    folder = run(experiment, tmp_path / "run", sites=own_folders, report=False).directory
+    tossed = read_coins(own(folder))
+    # A deployed site has its part of the run in its own folder, and audits with that alone.
+    site, name = own_folders / "site-1", ServerStore(folder).name
+    shutil.move(folder / "sites", site / "runs" / name / "sites")
+    case = Case.open(folder, own=site)
+    assert np.array_equal(case.coins("site-1"), tossed)
+    with pytest.raises(UnavailableError, match="holds no coins"):
+        Case.open(folder).coins("site-1")
+
+
 def test_a_resumed_run_keeps_its_coins(small, tmp_path):
     class StoppedError(Exception):
         pass
@@ -199,6 +246,13 @@ def test_a_resumed_run_keeps_its_coins(small, tmp_path):
     runs.resume(tmp_path / "run")
     for i, held in before.items():
         assert (own(tmp_path / "run", f"site-{i}") / "canaries.json").read_bytes() == held
+
+
+def test_the_summary_and_the_report_say_that_there_were_canaries(small, tmp_path):
+    done = run(small("rounds=1", "audit.canaries=8"), tmp_path / "run")
+    assert done.summary.canaries == 8
+    page = " ".join((done.directory / "report.html").read_text().split())
+    assert "canaries, about half of 8 by coins that it keeps" in page
 
 
 def test_joining_none_changes_nothing(small):
