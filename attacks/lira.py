@@ -21,7 +21,7 @@ from attacks.view import Array, Given, ReleasedModelView
 Floats = NDArray[np.float64]
 
 ENOUGH: Final = 64
-"""Shadow models from which each candidate has a variance of its own (the paper's section V-B)."""
+"""Shadow models from which each candidate has a variance of its own (as in the paper)."""
 
 
 def likelihood_ratio(
@@ -41,7 +41,7 @@ def likelihood_ratio(
 def one_sided(observed: Floats, told: Floats, enough: int = ENOUGH) -> Floats:
     """How far above what models without the candidate say, in deviations, float64[n].
 
-    Monotone in the paper's 1 - P[Z > observed] (section V-C, equation 4), and never saturates.
+    Monotone in the paper's 1 - P[Z > observed] (its offline attack), and never saturates.
     told: float64[models, n], of models that were trained on none of the candidates.
     """
     mean, deviation = _normal(told, enough)
@@ -134,7 +134,7 @@ ATTACK: Final = Attack(
 OFFLINE: Final = Attack(
     name="lira-offline",
     title="Membership by likelihood, with shadow models of other records alone",
-    source=f"{_SOURCE}, section V-C",
+    source=f"{_SOURCE}, the offline attack",
     views=(ReleasedModelView,),
     guess=Scores,
     adversary=offline,

@@ -39,7 +39,7 @@ ATTACK: Final = Attack(
     name="loss",
     title="Membership by the loss of the released model",
     source="Yeom, Giacomelli, Fredrikson and Jha 2018, Privacy Risk in Machine Learning: "
-    "Analyzing the Connection to Overfitting, section 3.2",
+    "Analyzing the Connection to Overfitting, section 3",
     views=(ReleasedModelView,),
     guess=Scores,
     adversary=adversary,

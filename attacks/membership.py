@@ -32,7 +32,7 @@ CONFIDENCE: Final = 0.99
 """Of "succeeded", over all figures together: of a hundred runs without a leak one may err."""
 
 RATES: Final = (0.01, 0.001)
-"""False-positive rates at which true positives are counted (Carlini et al. 2022, section III)."""
+"""False-positive rates at which true positives are counted (Carlini et al. 2022)."""
 
 _POINTS: Final = 400
 _KINDS: Final = 1 + len(RATES)
@@ -369,11 +369,11 @@ def overfitted(
     their place.
     """
     quick = profile is Profile.quick
-    each, known, count = (150, 150, 16) if quick else (350, 700, 64)
+    each, known, count = (150, 150, 16) if quick else (350, 350, 64)
     rows = np.split(np.arange(3 * each + known), [each, 2 * each, 3 * each])
     pool = noisy_digits(seed)
     members, others, strangers, rest = (taken(pool, row) for row in rows)
-    public = digits_run(20 if quick else 30)
+    public = digits_run(20 if quick else 60)
     trained = members if signal else strangers
     of = shadows.joined(trained, rest)
     rng = np.random.default_rng([seed, 2])

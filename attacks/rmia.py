@@ -25,7 +25,7 @@ GAMMA: Final = 2.0
 
 
 def dominated(candidates: Floats, population: Floats, gamma: float = GAMMA) -> Floats:
-    """The share of the population that each candidate dominates, float64[n] (equation 4).
+    """The share of the population that each candidate dominates, float64[n].
 
     candidates: float64[n] and population: float64[k], log of p(x | model) / p(x). Ties, which a
     small population makes many of, are broken by the candidates' own ratios, by less than 1/k.
@@ -39,7 +39,7 @@ def dominated(candidates: Floats, population: Floats, gamma: float = GAMMA) -> F
 def adversary(view: ReleasedModelView, given: Given, seed: int, progress: Progress) -> Scores:
     """Reference models of half of the candidates each; a fifth of the auxiliary is population.
 
-    p(x) is the mean over reference models, of which half were trained on x (equation 3); of the
+    p(x) is the mean over reference models, of which half were trained on x; of the
     population none was.
     """
     assert given.candidates is not None and given.auxiliary is not None  # noqa: S101, PT018

@@ -420,7 +420,7 @@ def confidences(public: Public, weights: Weights, records: Records) -> Floats:
 
     Under cross-entropy log(p / (1 - p)) of the target's class, which is nearly normal over models,
     computed from the outputs z as z_y - log sum of exp(z_j) over j != y, so that nothing is lost
-    where p is near 1 (Carlini et al. 2022, section IV-C). Under another loss l, -log l.
+    where p is near 1 (Carlini et al. 2022, their logit scaling). Under another loss l, -log l.
     """
     if public.task != "classification" or ":" in public.parsed().model.loss:
         return -np.log(losses(public, weights, records) + 1e-12)

@@ -2,7 +2,7 @@
 
 A round's sum holds the gradients of the records that were trained on in it. So, at the model of
 each round, candidates' own gradients are laid beside what the sum moved by: members' shares in it
-are above those of others (Nasr et al. 2019, section III-B: the passive global attacker on
+are above those of others (Nasr et al. 2019, section III: the passive global attacker on
 gradients; Li et al. 2023: inner products with a gradient over rounds, as gradients of different
 records are nearly orthogonal where weights are many).
 """
@@ -55,7 +55,7 @@ def shares(public: Public, item: Replayed, candidates: Records) -> Floats:
     The coefficients of a ridge regression of the update on the candidates' steps, so that what the
     step of one has in common with those of others speaks for none of them. How much to shrink,
     which noise decides, is chosen anew by generalised cross-validation (Golub, Heath and Wahba
-    1979, equation 1.4). Steps are of the weights that survived, clipped as in training.
+    1979). Steps are of the weights that survived, clipped as in training.
     """
     steps, update = -clipped_gradients(public, item, candidates), item.update[item.state.mask]
     values, vectors = np.linalg.eigh(steps @ steps.T)

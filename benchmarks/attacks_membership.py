@@ -96,7 +96,8 @@ def rows(models: int, seed: int = 0) -> Iterator[Row]:
         rates[name] = found[name].roc().tpr_at(0.001).rate
         interval = found[name].interval(0.001, rng)
         note = (
-            f"digits, {membership.NOISE:.0%} wrong labels, {models} models; "
+            "the paper's figure is quoted from memory of its table, not read again; ours: digits, "
+            f"{membership.NOISE:.0%} wrong labels, {models} models; "
             f"{interval.low:.4f} to {interval.high:.4f} over records"
         )
         yield Row(f"{title}: TPR at 0.1 % FPR", source, paper, round(rates[name], 4), note)
