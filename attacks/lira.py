@@ -118,7 +118,7 @@ _SOURCE: Final = (
 
 ATTACK: Final = Attack(
     name="lira",
-    title="Membership by likelihood ratio, with shadow models of the candidates",
+    title="Membership by likelihood ratio (LiRA)",
     source=f"{_SOURCE}, algorithm 1",
     views=(ReleasedModelView,),
     guess=Scores,
@@ -133,7 +133,7 @@ ATTACK: Final = Attack(
 
 OFFLINE: Final = Attack(
     name="lira-offline",
-    title="Membership by likelihood, with shadow models of other records alone",
+    title="Membership by likelihood (LiRA offline)",
     source=f"{_SOURCE}, the offline attack",
     views=(ReleasedModelView,),
     guess=Scores,

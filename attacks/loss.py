@@ -37,7 +37,7 @@ def no_signal(seed: int, profile: Profile) -> Trial[Members]:
 
 ATTACK: Final = Attack(
     name="loss",
-    title="Membership by the loss of the released model",
+    title="Membership by the loss",
     source="Yeom, Giacomelli, Fredrikson and Jha 2018, Privacy Risk in Machine Learning: "
     "Analyzing the Connection to Overfitting, section 3",
     views=(ReleasedModelView,),

@@ -301,10 +301,7 @@ def _limit(members: int, non_members: int, confidence: float) -> str:
     """The least AUC that would have been found with 80 % power, by its spread without a signal."""
     spread = sqrt((members + non_members + 1) / (12 * members * non_members))
     least = 0.5 + (special.ndtri((1 + confidence) / 2) + special.ndtri(0.8)) * spread
-    return (
-        f"{members} members and {non_members} non-members would most likely have shown an AUC of "
-        f"{min(1.0, least):.2f} or more, and less may have gone unseen"
-    )
+    return f"an AUC of {min(1.0, least):.2f} would have shown with a chance of 80 %"
 
 
 def _drawn(roc: Roc) -> Curve:

@@ -76,7 +76,7 @@ def _log_likelihoods(
 
 ATTACK: Final = Attack(
     name="rmia",
-    title="Membership by comparison with other records, with reference models",
+    title="Membership by comparison (RMIA)",
     source="Zarifzadeh, Liu and Shokri 2024, Low-Cost High-Power Membership Inference Attacks, "
     "section 3",
     views=(ReleasedModelView,),

@@ -58,6 +58,8 @@ def differences(public: Public) -> tuple[str, ...]:
         found.append("shadow models take every record for a person of its own")
     if experiment.preprocessing is not None and experiment.preprocessing.class_weights != "none":
         found.append("shadow models weigh all classes alike")
+    if experiment.audit.canaries:
+        found.append("shadow models are trained without canaries")
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Membership from the sums of the rounds, which the server sees whatever hides their parts.
+"""Membership from the rounds' sums, which the server sees whatever hides their parts.
 
 A round's sum holds the gradients of the records that were trained on in it. So, at the model of
 each round, candidates' own gradients are laid beside what the sum moved by: members' shares in it
@@ -176,7 +176,7 @@ def _world(seed: int, profile: Profile, signal: bool) -> Trial[Members]:
 
 ATTACK: Final = Attack(
     name="sums",
-    title="Membership from the sums of the rounds",
+    title="Membership from the rounds' sums",
     source="Nasr, Shokri and Houmansadr 2019, Comprehensive Privacy Analysis of Deep Learning, "
     "section III; Li et al. 2023, Effective Passive Membership Inference Attacks in Federated "
     "Learning Against Overparameterized Models",
