@@ -1,7 +1,7 @@
 """ckks-key: the secret key of CKKS from approximate decryptions and their ciphertexts.
 
 Li and Micciancio, "On the Security of Homomorphic Encryption on Approximate Numbers", Eurocrypt
-2021, section 4: whoever knows a ciphertext (c0, c1) and its exact approximate decryption m' has
+2021: whoever knows a ciphertext (c0, c1) and its exact approximate decryption m' has
 s = (m' - c0) / c1 in the ring. Decoded numbers are re-encoded and rounded to the integers that they
 came from; that s has coefficients -1, 0 and 1 alone says that it is the key.
 
@@ -735,7 +735,7 @@ def no_signal(seed: int, profile: Profile) -> Trial[KeyTruth]:
 ATTACK: Final = Attack(
     "ckks-key",
     "The CKKS key from what was opened",
-    "Li and Micciancio, Eurocrypt 2021, section 4",
+    "Li and Micciancio, Eurocrypt 2021",
     (ServerView,),
     KeyGuess,
     adversary,

@@ -1,7 +1,7 @@
 """decryption-failures: can sums be brought to decrypt to something else?
 
-A failure would tell of the key (D'Anvers, Vercauteren and Verbauwhede 2019, for Ring-LWE with
-failures), and spoil a round. The server chooses what is worst: as many additions as there may be,
+A failure would tell of the key (D'Anvers, Guo, Johansson, Nilsson, Vercauteren and Verbauwhede, PKC
+2019), and spoil a round. The server chooses what is worst: as many additions as there may be,
 slots and masks at the ends of their range, and every dropped bit as wrong as it can be. It makes
 sums of honest uploads, and sums whose every coefficient is pushed to what the proof allows.
 """
@@ -228,7 +228,8 @@ def no_signal(seed: int, profile: Profile) -> Trial[None]:
 ATTACK: Final = Attack(
     "decryption-failures",
     "BFV sums that decrypt to something else",
-    "D'Anvers, Vercauteren and Verbauwhede, PKC 2019, on what failures tell of a key",
+    "D'Anvers, Guo, Johansson, Nilsson, Vercauteren and Verbauwhede, PKC 2019, on what failures "
+    "tell of a key",
     (ActiveServer,),
     Probed,
     adversary,

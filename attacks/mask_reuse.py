@@ -181,6 +181,8 @@ def _unmasked(view: Seen, training: Training, vectors: Mapping[str, Slots]) -> d
             held[item.owner][begin.cohort.index(site) + 1] = Share.parse(item.share)
     friends = view.recordings if isinstance(view, ColludingView) else ()
     keys = {item.site: key for item in friends if (key := _mask_key(item, number)) is not None}
+    if len(set(members) - set(keys)) < 2:
+        return {}  # a single honest site among friends is the sum less theirs: nothing hides that
     near = secagg.graph(begin, adverts)
     found = {}
     for site, slots in vectors.items():

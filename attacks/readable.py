@@ -114,7 +114,7 @@ def adversary(view: ServerView, given: Given, seed: int, progress: Progress) -> 
                 places.append(row.reshape(-1, width).sum(axis=0, dtype=np.int64))
                 rows += len(row) // width
         progress((done + 1) / len(rounds))
-    counted = [Counted("signs like the aggregate's", agree, signs)]
+    counted = [Counted("signs like the aggregate's", agree, signs)] if signs else []
     total = sum(map(len, bits))
     counted.append(Counted("bits that are 1", sum(int(row.sum()) for row in bits), total))
     changes = sum(int((row[1:] != row[:-1]).sum()) for row in bits)

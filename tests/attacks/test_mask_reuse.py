@@ -7,6 +7,7 @@ import pytest
 from attacks import mask_reuse
 from attacks.attack import Profile, guess
 from attacks.mask_reuse import ATTACK, _trial, _unmasked, rehearsed, reusing
+from attacks.rehearsal import gaussian_updates, rehearse
 from attacks.shared_key import trainings, uploads
 from attacks.view import Given
 from protocols.bfv import Parameters, SecretKey
@@ -73,6 +74,17 @@ def test_pairwise_masks_used_twice_show_once_the_server_takes_the_fresh_self_mas
     assert found.worst.kind == "unmasked"
     assert told.succeeded
     assert told.results[1].value == 1.0
+
+
+def test_two_friends_of_three_are_no_proof_against_the_masks():
+    # Their own vectors off the sum leave the third's: that is no mask used twice.
+    made = rehearse("masked-bfv", gaussian_updates(0, 2, 3, 30), 0)
+    view = made.colluding(("site-1", "site-2"))
+    trial = type(_trial(made, leaked=True))(view, _trial(made, leaked=True).truth)
+    found, told = tried(trial)
+    assert found.vectors == 2
+    assert found.unmasked == 0
+    assert not told.succeeded
 
 
 def test_a_vector_without_any_mask_is_found():
