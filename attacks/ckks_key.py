@@ -409,22 +409,13 @@ def _against_securefl(view: ServerView, progress: Progress) -> KeyGuess:
         if request.task.kind != "train" or not isinstance(answer, Answer):
             continue
         total = SumToOpen.from_bytes(request.body)
-        packed = np.frombuffer(OpenedSum.from_bytes(answer.body).payload, np.uint8)
-        integers = unpack(packed, len(packed) * 8 // encoding.plain_bits, encoding.plain_bits)
-        to_sign = np.uint64(64 - encoding.plain_bits)
-        values = ((integers << to_sign).view(np.int64) >> np.int64(to_sign)).astype(np.float64)
-        started, blocks = time.perf_counter(), []
-        for block, (c0, c1) in enumerate(expand(total.payload, len(total.contributors))):
-            part = values[block * SLOTS : (block + 1) * SLOTS]
-            if not len(part):
-                continue
-            full = np.zeros(SLOTS)
-            full[: len(part)] = part  # what is beyond a vector's end was 0
-            # Whole numbers are handed out, so that the error of encryption at least is unknown.
-            fresh = float(np.sqrt(_VARIANCE * len(total.contributors) * DEGREE / 2))
-            spread = np.full(SLOTS, fresh)
-            blocks.append(Block(c0, c1, full, spread, SECUREFL_SCALE))
+        payload = OpenedSum.from_bytes(answer.body).payload
+        ciphertexts = list(expand(total.payload, len(total.contributors)))
+        started = time.perf_counter()
+        blocks = _integers(payload, encoding.plain_bits, ciphertexts, len(total.contributors))
         key = solve(one, blocks, 10)
+        for scale in (SECUREFL_SCALE, SCALE) if key is None else ():
+            key = key if key is not None else solve(one, _raw(payload, ciphertexts, scale), 10)
         seconds += time.perf_counter() - started
         number, blurs = number + len(blocks), blurs + [block.blur for block in blocks]
         progress((done + 1) / len(told))
@@ -435,6 +426,39 @@ def _against_securefl(view: ServerView, progress: Progress) -> KeyGuess:
 
 
 SECUREFL_SCALE: Final = 2.0**60
+_Ciphertexts = list[tuple[NDArray[np.uint64], NDArray[np.uint64]]]
+
+
+def _integers(
+    payload: bytes, bits: int, ciphertexts: _Ciphertexts, contributors: int
+) -> list[Block]:
+    """The blocks where whole numbers are handed out: at least the error of encryption is unknown."""
+    packed = np.frombuffer(payload, np.uint8)
+    integers = unpack(packed, len(packed) * 8 // bits, bits)
+    to_sign = np.uint64(64 - bits)
+    values = ((integers << to_sign).view(np.int64) >> np.int64(to_sign)).astype(np.float64)
+    fresh = np.full(SLOTS, float(np.sqrt(_VARIANCE * contributors * DEGREE / 2)))
+    blocks = []
+    for number, (c0, c1) in enumerate(ciphertexts):
+        part = values[number * SLOTS : (number + 1) * SLOTS]
+        if len(part):
+            full = np.zeros(SLOTS)
+            full[: len(part)] = part  # what is beyond a vector's end was 0
+            blocks.append(Block(c0, c1, full, fresh, SECUREFL_SCALE))
+    return blocks
+
+
+def _raw(payload: bytes, ciphertexts: _Ciphertexts, scale: float) -> list[Block]:
+    """The blocks where SEAL's decoded doubles are handed out as they are, as many peers do."""
+    if len(payload) != 8 * SLOTS * len(ciphertexts):
+        return []
+    slots = np.frombuffer(payload, "<f8").reshape(len(ciphertexts), SLOTS)
+    if not np.isfinite(slots).all():
+        return []
+    exact = np.zeros(SLOTS)
+    return [Block(*pair, part, exact, scale) for pair, part in zip(ciphertexts, slots, strict=True)]
+
+
 _VARIANCE: Final = 10.5  # of a coefficient of a fresh error: 42 coins of +-1/2
 
 

@@ -318,8 +318,7 @@ def score(guess: Repeats, truth: Contributions, seed: int) -> Score:
     count = worst.fields if worst is not None else 0
     seeds = f"{guess.seeds} seeds of ciphertexts: one that is used twice would show"
     limit = (
-        f"{guess.vectors} masked vectors as uploaded and {guess.unmasked} without what the server "
-        f"takes off, {guess.compared} pairs of {count} numbers: a mask used twice would show"
+        f"any mask used twice among {guess.compared} pairs of {count} numbers would show"
         if guess.vectors
         else seeds
     )

@@ -8,10 +8,9 @@ which are uniform but for their sum.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import msgspec
 import numpy as np
@@ -31,6 +30,7 @@ from attacks.attack import (
 from attacks.evidence import Interval
 from attacks.rehearsal import gaussian_updates, rehearse
 from attacks.view import Array, ColludingView, Contributed, Given, Public, Recording
+from protocols import ckks
 from protocols.bfv import Parameters, SecretKey, Sum
 from protocols.catalogue import PROTOCOLS, UPLOAD
 from protocols.encoding import Encoding, FixedPoint
@@ -161,15 +161,14 @@ def opened(protocol: str, seed: Seed, training: Training, payload: bytes) -> NDA
     """One upload alone, under the key that `seed` becomes."""
     bits, cohort = training.encoding.plain_bits, training.encoding.cohort
     if protocol == "ckks":
-        scheme: Any = importlib.import_module("protocols.ckks")
-        parameters = scheme.Parameters(bits, cohort, training.slots)
-        total, key = scheme.Sum(parameters), scheme.SecretKey(seed, parameters)
-    else:
-        total = Sum(training.slots, Parameters(bits, cohort))
-        key = SecretKey(seed, Parameters(bits, cohort))
+        parameters = ckks.Parameters(bits, cohort, training.slots)
+        flooded = ckks.Sum(parameters)
+        flooded.add(payload)
+        return ckks.SecretKey(seed, parameters).open(flooded.to_bytes(), training.slots, 1)
+    total = Sum(training.slots, Parameters(bits, cohort))
     total.add(payload)
-    found: NDArray[np.uint64] = key.open(total.to_bytes(), training.slots, 1)
-    return found
+    key = SecretKey(seed, Parameters(bits, cohort))
+    return key.open(total.to_bytes(), training.slots, 1)
 
 
 def adversary(view: ColludingView, given: Given, seed: int, progress: Progress) -> Openings:

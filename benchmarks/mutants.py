@@ -27,10 +27,12 @@ from attacks.attack import Score, UnavailableError
 from attacks.audit import LEVEL
 from attacks.case import Case
 from attacks.view import AnyView
-from protocols import masks, secagg
+from protocols import bfv_sum, ckks, masks, secagg
 from protocols.identity import digest
 from protocols.keystream import Keystream, Seed
+from protocols.messages import OpenedSum
 from protocols.noise import DiscreteGaussian
+from protocols.rounds import statement
 from securefl import client, config
 from securefl.privacy import integers, training
 from securefl.runs import run
@@ -143,6 +145,38 @@ def _in_clear() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _raw_ckks() -> Iterator[None]:
+    """CKKS at the tutorials' scale, without flooding; the opener hands out what SEAL decoded."""
+    decoded: list[list[float]] = []
+
+    class Encoder(ckks.seal.CKKSEncoder):
+        def decode_double(self, plain):
+            decoded.append(super().decode_double(plain))
+            return decoded[-1]
+
+    def open_sum(expected, begin, key, request):
+        decoded.clear()
+        bfv_sum.opened_slots(expected, key, request)
+        payload, me = np.array(decoded).tobytes(), expected.identity
+        signature = me.key.sign(statement(begin.context, "open", me.name, payload))
+        return OpenedSum(me.name, payload, signature).to_bytes()
+
+    def unpack(packed, count, bits):
+        integers = np.rint(np.frombuffer(packed.tobytes(), "<f8"))[:count].astype(np.int64)
+        return integers.view(np.uint64) & np.uint64((1 << bits) - 1)
+
+    with (
+        mock.patch.object(ckks, "SCALE", 2.0**40),
+        mock.patch.object(ckks.Parameters, "flooding_bits", 64.0),
+        mock.patch.object(ckks.SecretKey, "_flood"),
+        mock.patch.object(ckks.seal, "CKKSEncoder", Encoder),
+        mock.patch.object(bfv_sum, "open_sum", open_sum),
+        mock.patch.object(bfv_sum, "unpack", unpack),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def _share_missing() -> Iterator[None]:
     """site-1 leaves its share of the distributed noise out."""
     made = client.Client._made
@@ -174,6 +208,15 @@ class _Silent:
 
 DISTRIBUTED = ("privacy.noise=distributed", "rounds=20")
 
+CKKS = (
+    "protocol.name=ckks",
+    "sites.count=5",
+    "model.name=mlp",
+    "model.hidden=[64]",
+    "rounds=3",
+    "audit.canaries=0",
+)  # more than one block of 4096 numbers: a block's real parts are half of the equations
+
 MUTANTS = (
     Mutant("clean, local noise", _clean),
     Mutant("clean, distributed noise", _clean, DISTRIBUTED),
@@ -182,6 +225,8 @@ MUTANTS = (
     Mutant("no plan at one site", _no_plan_at_one_site),
     Mutant("masks reused", _masks_reused),
     Mutant("weights in clear", _in_clear),
+    Mutant("clean, ckks", _clean, CKKS),
+    Mutant("raw CKKS decryption released", _raw_ckks, CKKS),
     Mutant("a share of the noise missing", _share_missing, DISTRIBUTED, seen=False),
 )
 
