@@ -145,9 +145,8 @@ class _Seen:
 def _sizes(public: Public, given: Given) -> dict[str, float]:
     """How many records each site trains on, about: those known, and half of its candidates."""
     known, half = given.known or {}, public.parsed().audit.canaries / 2
-    return {
-        site: known[site].protected + half if site in known else math.inf for site in public.sites
-    }
+    sizes = {site: records.protected + half for site, records in known.items()}
+    return {site: sizes.get(site, math.inf) for site in public.sites}
 
 
 def _read(
