@@ -72,12 +72,15 @@ _MOST_KNOWN: Final = 400
 _MOST_NUMBERS: Final = 4_000_000_000
 """Of gradients in all rounds together; beyond it only some rounds are read, evenly."""
 
-_GRID: Final = 9
+_LEVELS: Final = 5
 _SILENCE: Final = 1e-8
 _SPREADS: Final = (1.0, 30.0, 1000.0)
-"""Levels of noise that are tried, and how much more than the plan says sampling may move a vector:
-the likeliest is believed, not the plan. Without a plan a site's batches are small, and its
-gradients are not clipped."""
+"""Levels of noise that are tried, from next to none to all that is seen, and how much more than the
+plan says sampling may move a vector: the likeliest is believed, not the plan. Without a plan a
+site's batches are small, and its gradients are not clipped."""
+
+_ENOUGH: Final = 8
+"""Rounds from which the likeliest is chosen, evenly; all of them then make the estimate."""
 
 
 class Guessed(msgspec.Struct, frozen=True):
@@ -330,15 +333,21 @@ class _Evidence:
             (float(r.left @ r.left) + r.beyond) / max(1, len(r.left) + r.rest) for r in self._rounds
         )
         top = 2 * max(energy, *self._planned, 1e-300)
-        levels = np.geomspace(_SILENCE * top, top, _GRID)
-        spreads = _SPREADS if any(item.spread.any() for item in self._rounds) else (1.0,)
-        found = [self._at(level, spread) for level in levels for spread in spreads]
-        return max(found, key=lambda one: one[0])[1]
+        some = self._rounds[:: -(-len(self._rounds) // _ENOUGH)]
+        spreads = _SPREADS if any(item.spread.any() for item in some) else (1.0,)
+        levels = np.geomspace(_SILENCE * top, top, _LEVELS).tolist()
+        tried = [(self._at(some, x, k)[0], x, k) for x in levels for k in spreads]
+        _, level, spread = max(tried)
+        between = math.sqrt(levels[1] / levels[0])
+        near = (level / between, level * between)
+        tried += [(self._at(some, x, spread)[0], x, spread) for x in near]
+        _, level, spread = max(tried)
+        return self._at(self._rounds, level, spread)[1]
 
-    def _at(self, level: float, spread: float) -> tuple[float, Floats]:
-        """The log likelihood of the level of noise and of spread, and the estimate under them."""
+    def _at(self, rounds: Sequence[_Round], level: float, spread: float) -> tuple[float, Floats]:
+        """The log likelihood of a level of noise and of spread, and the estimate under them."""
         matrix, told, likelihood = 4 * np.eye(self._count), np.zeros(self._count), 0.0
-        for item in self._rounds:
+        for item in rounds:
             precision = 1 / (spread * item.spread + level)
             weighed = item.coins * precision
             matrix += weighed @ item.coins.T
