@@ -56,6 +56,7 @@ from attacks.view import (
     ServerView,
 )
 from securefl import agreement, canaries, config, models
+from securefl.client import protected_by
 from securefl.config import Experiment
 from securefl.preprocessing import Fitted
 from securefl.privacy import clipping
@@ -71,12 +72,15 @@ _MOST_KNOWN: Final = 400
 _MOST_NUMBERS: Final = 4_000_000_000
 """Of gradients in all rounds together; beyond it only some rounds are read, evenly."""
 
-_GRID: Final = 9
+_LEVELS: Final = 5
 _SILENCE: Final = 1e-8
 _SPREADS: Final = (1.0, 30.0, 1000.0)
-"""Levels of noise that are tried, and how much more than the plan says sampling may move a vector:
-the likeliest is believed, not the plan. Without a plan a site's batches are small, and its
-gradients are not clipped."""
+"""Levels of noise that are tried, from next to none to all that is seen, and how much more than the
+plan says sampling may move a vector: the likeliest is believed, not the plan. Without a plan a
+site's batches are small, and its gradients are not clipped."""
+
+_ENOUGH: Final = 8
+"""Rounds from which the likeliest is chosen, evenly; all of them then make the estimate."""
 
 
 class Guessed(msgspec.Struct, frozen=True):
@@ -144,7 +148,8 @@ class _Seen:
 def _sizes(public: Public, given: Given) -> dict[str, float]:
     """How many records each site trains on, about: those known, and half of its candidates."""
     known, half = given.known or {}, public.parsed().audit.canaries / 2
-    return {site: len(known[site]) + half if site in known else math.inf for site in public.sites}
+    sizes = {site: records.protected + half for site, records in known.items()}
+    return {site: sizes.get(site, math.inf) for site in public.sites}
 
 
 def _read(
@@ -236,7 +241,7 @@ class _Gradients:
         self._loss = public.loss()
 
     def of(self, records: Records, seen: _Seen, most: int = 1 << 24) -> Floats:
-        """Each record's, float64[n, surviving], clipped to seen.clip."""
+        """Each record's (or person's), float64[n, surviving], clipped to seen.clip."""
         features = torch.from_numpy(records.features.numpy().copy())
         target = torch.from_numpy(records.target.numpy().copy())
         weights, mask = seen.state.weights, torch.from_numpy(seen.state.mask)
@@ -254,6 +259,11 @@ class _Gradients:
             each = torch.cat([part.reshape(len(part), -1) for part in given], dim=1)
             parts += [each[:, mask].double().numpy()]
         found = np.concatenate(parts)
+        if records.whose is not None:  # a person's gradient is the mean of the rows'
+            whose = records.whose.numpy()
+            people = np.zeros((records.protected, found.shape[1]))
+            np.add.at(people, whose, found)
+            found = people / np.bincount(whose)[:, None]
         norms = np.linalg.norm(found, axis=1, keepdims=True)
         scaled: Floats = found * np.minimum(1.0, seen.clip / np.maximum(norms, 1e-30))
         return scaled
@@ -323,15 +333,21 @@ class _Evidence:
             (float(r.left @ r.left) + r.beyond) / max(1, len(r.left) + r.rest) for r in self._rounds
         )
         top = 2 * max(energy, *self._planned, 1e-300)
-        levels = np.geomspace(_SILENCE * top, top, _GRID)
-        spreads = _SPREADS if any(item.spread.any() for item in self._rounds) else (1.0,)
-        found = [self._at(level, spread) for level in levels for spread in spreads]
-        return max(found, key=lambda one: one[0])[1]
+        some = self._rounds[:: -(-len(self._rounds) // _ENOUGH)]
+        spreads = _SPREADS if any(item.spread.any() for item in some) else (1.0,)
+        levels = np.geomspace(_SILENCE * top, top, _LEVELS).tolist()
+        tried = [(self._at(some, x, k)[0], x, k) for x in levels for k in spreads]
+        _, level, spread = max(tried)
+        between = math.sqrt(levels[1] / levels[0])
+        near = (level / between, level * between)
+        tried += [(self._at(some, x, spread)[0], x, spread) for x in near]
+        _, level, spread = max(tried)
+        return self._at(self._rounds, level, spread)[1]
 
-    def _at(self, level: float, spread: float) -> tuple[float, Floats]:
-        """The log likelihood of the level of noise and of spread, and the estimate under them."""
+    def _at(self, rounds: Sequence[_Round], level: float, spread: float) -> tuple[float, Floats]:
+        """The log likelihood of a level of noise and of spread, and the estimate under them."""
         matrix, told, likelihood = 4 * np.eye(self._count), np.zeros(self._count), 0.0
-        for item in self._rounds:
+        for item in rounds:
             precision = 1 / (spread * item.spread + level)
             weighed = item.coins * precision
             matrix += weighed @ item.coins.T
@@ -364,19 +380,34 @@ class _Known:
     sampled: Floats
 
 
-def _known(gradients: _Gradients, seen: _Seen, given: Given, rng: np.random.Generator) -> _Known:
-    size = len(seen.vector)
+def _known(
+    gradients: _Gradients, public: Public, seen: _Seen, given: Given, rng: np.random.Generator
+) -> _Known:
+    """What each site's known records add. Those of other sites stand in for a site of which none
+    are known: as many of them as its expected batch, and how far they are off is left to k."""
+    held = {
+        site: gradients.of(records, seen)
+        for site, records in (given.known or {}).items()
+        if len(records)
+    }
+    size, plan = len(seen.vector), public.plan()
     mean, sampled = np.zeros(size), [np.zeros((0, size))]
-    for site, records in (given.known or {}).items():
-        if site not in seen.share or not len(records):
+    for site, share in seen.share.items():
+        if not held:
             continue
-        each = gradients.of(records, seen) * seen.share[site]
         rate = seen.rate[site]
-        mean += each.sum(axis=0) * rate * seen.steps
-        some = rng.permutation(len(each))[:_MOST_KNOWN]
-        factor = math.sqrt(rate * (1 - rate) * seen.steps * len(each) / len(some))
-        if factor:
-            sampled += [each[some] * factor]
+        each = held[site] if site in held else np.concatenate(list(held.values()))
+        total = rate * seen.steps * len(each)  # records that are in the sum, on average
+        if site not in held and isinstance(plan, RecordLocal | RecordDistributed):
+            sites = len(seen.share) if isinstance(plan, RecordDistributed) else 1
+            total = plan.expected_batch / sites * seen.steps
+        middle = each.mean(axis=0) * total * share
+        mean += middle
+        some = each[rng.permutation(len(each))[:_MOST_KNOWN]]
+        if site not in held:
+            sampled += [middle[None], some * (share * math.sqrt(total / len(some)))]
+        elif rate < 1:
+            sampled += [some * (share * math.sqrt((1 - rate) * total / len(some)))]
     return _Known(mean, np.concatenate(sampled))
 
 
@@ -402,7 +433,7 @@ def adversary(
         found = _Evidence(sum(len(made[site]) for site in sites))
         for item in chosen:
             each = [(site, gradients.of(made[site], item)) for site in sites]
-            found.add(item, each, _known(gradients, item, given, rng))
+            found.add(item, each, _known(gradients, public, item, given, rng))
             done += 1
             progress(0.9 * done / rounds)
         estimate = iter(found.estimate().tolist())
@@ -658,12 +689,10 @@ def trial(case: Case) -> Trial[Coins]:
     if isinstance(view, OpenedView):
         tossed = {site: coins for site, coins in tossed.items() if site in view.contributed}
     promised = _promised(case, tuple(tossed), observer)
-    known = None
-    if experiment.privacy is None or experiment.privacy.unit == "record":
-        # Of a person's rows only the mean is a gradient; the adversary does without.
-        known = {s: Records.of(case.tables(s)[0]) for s in case.sites if s in case.auditing}
-        seen += ", who knows every real record"
-        seen += " but other sites'" if len(known) < len(case.sites) else ""
+    person = protected_by(experiment)
+    known = {s: Records.of(case.tables(s)[0], person) for s in case.sites if s in case.auditing}
+    seen += ", who knows every real record"
+    seen += " but other sites'" if len(known) < len(case.sites) else ""
     truth = Coins(tossed, promised, isinstance(view, OpenedView), seen)
     return Trial(view, truth, Given(known=known))
 

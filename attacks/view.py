@@ -55,15 +55,29 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Records(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Records as a model reads them: features float32[n, *shape], target int64[n] or float32[n]."""
+    """Records as a model reads them: features float32[n, *shape], target int64[n] or float32[n].
+
+    whose: int64[n], the number of each record's person from 0, where people are protected.
+    """
 
     features: Array
     target: Array
+    whose: Array | None = None
 
     @classmethod
-    def of(cls, table: Table) -> Self:
-        """Those of `table`, without its names."""
-        return cls(Array.of(table.features), Array.of(table.target))
+    def of(cls, table: Table, person: str | None = None) -> Self:
+        """Those of `table`, without its names. person: the column that says whose a record is."""
+        features, target = Array.of(table.features), Array.of(table.target)
+        if person is None:
+            return cls(features, target)
+        whose = np.unique(table.groups[person], return_inverse=True)[1]
+        return cls(features, target, Array.of(whose.astype(np.int64)))
+
+    @property
+    def protected(self) -> int:
+        """How many records, or people, are protected."""
+        whose = None if self.whose is None else self.whose.numpy()
+        return len(self) if whose is None else int(whose.max(initial=-1)) + 1
 
     def __len__(self) -> int:
         return self.target.shape[0]

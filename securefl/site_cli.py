@@ -632,8 +632,8 @@ delta = {delta}
 # models = ["linear", "logistic", "mlp", "cnn", "small-cnn"]
 # maximum_rounds = 1000              # spare ones included
 # maximum_local_steps = 100
-# transcript_until = 2030-12-31      # absent: no transcript of this site's messages
-# canaries = false                   # whether an audit may insert records of its own
+# transcript_until = 2030-12-31      # the last day of any transcript; absent: none is kept
+# canaries = false                   # whether it trains on made-up records for an audit, too
 # allow_not_private = false          # runs with seeded noise: tests and demonstrations only
 
 # Code that a run may name, and the SHA-256 of its file.

@@ -95,7 +95,11 @@ def guessed(trial: Trial[Coins]) -> Guessed:
 def test_without_noise_what_is_read_is_the_sum_of_the_gradients(tmp_path, monkeypatch, overrides):
     silence(monkeypatch, 1e9)
     more = ("audit.canaries=10", "training.batch_size=100000")
-    trial = ATTACK.trial(case(tmp_path, *more, *overrides))
+    sums_agree(ATTACK.trial(case(tmp_path, *more, *overrides)))
+
+
+def sums_agree(trial: Trial[Coins]) -> None:
+    """Every vector that the adversary reads is the sum of what it takes gradients to be."""
     view, known = trial.view, trial.given.known
     assert known is not None
     if isinstance(view, OpenedView):
@@ -117,6 +121,44 @@ def test_without_noise_what_is_read_is_the_sum_of_the_gradients(tmp_path, monkey
         assert error < 0.02 * np.linalg.norm(total), (seen.state.update, error)
         rounds += 1
     assert rounds == 3 * len(groups)
+
+
+@pytest.mark.parametrize("more", [(OPEN,), (SUMS, *SHARED)], ids=["local", "shared"])
+def test_a_persons_rows_make_one_gradient(tmp_path, monkeypatch, more):
+    silence(monkeypatch, 1e9)
+    rng = np.random.default_rng(0)
+    whose = rng.integers(200, size=600)
+    rows = [
+        f"{x:.4f},{y:.4f},{int(x + y > 0)},p{who}"
+        for (x, y), who in zip(rng.normal(size=(600, 2)), whose, strict=True)
+    ]
+    path = tmp_path / "people.csv"
+    path.write_text("\n".join(["x,y,ill,who", *rows]) + "\n")
+    data = (
+        "data.source=table", f"data.path={path}", "data.label=ill", "data.person=who",
+        "data.default_range=[-5, 5]", "privacy.unit=person", "audit.canaries=10",
+    )  # fmt: skip
+    trial = ATTACK.trial(case(tmp_path, *PLAN, *more, *data, "privacy.expected_batch=60"))
+    assert trial.given.known is not None
+    assert all(held.protected < len(held) for held in trial.given.known.values())
+    sums_agree(trial)
+
+
+def test_records_of_one_site_stand_in_for_those_of_others(tmp_path, monkeypatch):
+    silence(monkeypatch, 1e9)
+    overrides = (SUMS, *PLAN, *SHARED, "audit.canaries=20", "rounds=6", "model.hidden=[32]")
+    trial = ATTACK.trial(case(tmp_path, *overrides))
+    assert trial.given.known is not None
+    alone = Given(known={"site-1": trial.given.known["site-1"]})
+    for more, least in ((trial.given, 0.95), (alone, 0.75)):
+        scores = guessed(replace(trial, given=more)).scores
+        right = [
+            np.mean((np.array(scores[site]) > 0) == coins)
+            for site, coins in trial.truth.tossed.items()
+        ]
+        assert np.mean(right) >= least
+    nothing = guessed(replace(trial, given=Given())).scores
+    assert all(np.isfinite(told).all() for told in nothing.values())
 
 
 def test_an_adversary_gets_bytes_and_no_coins(tmp_path):
