@@ -432,7 +432,7 @@ _Ciphertexts = list[tuple[NDArray[np.uint64], NDArray[np.uint64]]]
 def _integers(
     payload: bytes, bits: int, ciphertexts: _Ciphertexts, contributors: int
 ) -> list[Block]:
-    """The blocks where whole numbers are handed out: at least the error of encryption is unknown."""
+    """The blocks of whole numbers handed out: at least the error of encryption is unknown."""
     packed = np.frombuffer(payload, np.uint8)
     integers = unpack(packed, len(packed) * 8 // bits, bits)
     to_sign = np.uint64(64 - bits)
