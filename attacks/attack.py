@@ -265,6 +265,14 @@ def guess(
     return guesses
 
 
+def _read(attack: Attack[Guess, Truth], data: bytes) -> Guess:
+    try:
+        return msgspec.msgpack.decode(data, type=attack.guess)
+    except msgspec.MsgspecError as error:
+        line = f"its adversary returned no {attack.guess.__name__}: {error}"
+        raise AttackFailedError(f"{attack.name}: {line}") from None
+
+
 def send(stream: Any, data: bytes) -> None:
     """One message of the pipe between the two processes."""
     stream.write(_LENGTH.pack(len(data)) + data)

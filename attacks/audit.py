@@ -493,7 +493,7 @@ def _adversary(view: AnyView, given: bool) -> str:
             told = "whoever taps the wires, under TLS"
         case ServerView(crossings=crossed):
             sites = len({item.site for item in crossed})
-            told = f"the server, which follows the protocol and keeps what {sites} sites and it say"
+            told = f"the server, which follows the protocol and keeps {sites} sites' messages"
         case ColludingView(recordings=recordings, with_server=True):
             told = f"the server, with all that {_names(recordings)} holds"
         case ColludingView(recordings=recordings):
