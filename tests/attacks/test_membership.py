@@ -328,13 +328,17 @@ def test_an_adversary_in_a_process_of_its_own_guesses_the_same():
 
 
 def benchmark() -> Any:
-    place = Path(__file__).parents[2] / "benchmarks" / "attacks_membership.py"
+    place = Path(__file__).parents[2] / "benchmarks" / "attacks" / "membership.py"
     spec = importlib.util.spec_from_file_location("attacks_membership", place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(place.parent))  # as for a script there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(place.parent))
     return module
 
 

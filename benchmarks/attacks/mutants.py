@@ -1,4 +1,4 @@
-"""Does the audit see planted bugs? `python benchmarks/mutants.py [SEEDS] [NAME ...]`
+"""Does the audit see planted bugs? `python benchmarks/attacks/mutants.py [SEEDS] [NAME ...]`
 
 Runs with one bug each, and clean ones, over many seeds; every attack that tests a claim and takes
 no shadow models is tried on each, judged together as `securefl audit` does. What is counted: the
@@ -288,5 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])  # attacks is the package, not a file here
     main()
