@@ -46,8 +46,10 @@ from attacks.view import (
     ReleasedModelView,
     ServerView,
 )
+from securefl import agreement
 from securefl.config import ConfigurationError, load_site
 from securefl.records import EXPERIMENT
+from securefl.report import words
 from securefl.site_folder import SITE
 from securefl.transcript import TRANSCRIPT
 
@@ -144,6 +146,8 @@ class Audit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     rows: tuple[Row, ...]
     alarms: tuple[str, ...]
     """The attacks that contradict a claim."""
+    unseen: tuple[str, ...]
+    """What no attack here could have seen, in sentences."""
     seconds: float
 
     def to_bytes(self) -> bytes:
@@ -295,6 +299,7 @@ def audit(
         hashes=hashes(case),
         rows=rows,
         alarms=tuple(row.attack for row in rows if row.verdict == "contradicted"),
+        unseen=unseen(case),
         seconds=round(time.perf_counter() - started, 1),
     )
 
@@ -437,7 +442,28 @@ def serve(source: Any, sink: Any) -> None:
         send(sink, said)
 
 
-# --- what the audit stands on ------------------------------------------------------------------
+# --- what the audit cannot see, and what it stands on --------------------------------------------
+
+
+def unseen(case: Case) -> tuple[str, ...]:
+    """Bugs that leave no trace in any view of this run, in sentences."""
+    found = ["A program that was changed, and records what the unchanged one would have."]
+    privacy, recorded = case.experiment.privacy, case.experiment.transcript
+    if privacy is not None and privacy.noise == "distributed":
+        shares = max(agreement.tolerated(case.experiment), 1)
+        found.append(
+            "A site that leaves out its share of the noise: the promise already takes "
+            f"{words.counted(shares, 'share')} for known, so that what everybody sees stays "
+            "within it."
+        )
+    elif privacy is not None and (missing := sorted(set(case.sites) - set(recorded.own))):
+        found.append(
+            "Noise that is missing at a site that did not record itself "
+            f"({', '.join(missing)}): in a sum the others' noise covers it."
+        )
+    if missing := sorted(set(case.sites) - set(recorded.consent)):
+        found.append(f"What the messages of {', '.join(missing)} tell: they were not recorded.")
+    return tuple(found)
 
 
 def hashes(case: Case) -> Hashes:

@@ -434,7 +434,10 @@ def _integers(
 ) -> list[Block]:
     """The blocks of whole numbers handed out: at least the error of encryption is unknown."""
     packed = np.frombuffer(payload, np.uint8)
-    integers = unpack(packed, len(packed) * 8 // bits, bits)
+    try:
+        integers = unpack(packed, len(packed) * 8 // bits, bits)
+    except ValueError:  # something else was handed out
+        return []
     to_sign = np.uint64(64 - bits)
     values = ((integers << to_sign).view(np.int64) >> np.int64(to_sign)).astype(np.float64)
     fresh = np.full(SLOTS, float(np.sqrt(_VARIANCE * contributors * DEGREE / 2)))
