@@ -420,7 +420,7 @@ def _against_securefl(view: ServerView, progress: Progress) -> KeyGuess:
         number, blurs = number + len(blocks), blurs + [block.blur for block in blocks]
         progress((done + 1) / len(told))
         if key is not None:
-            return KeyGuess(Array.of(key), number, min(blurs), seconds)
+            return KeyGuess(Array.of(key), number, min(blurs, default=0.0), seconds)
     blur = min(blurs, default=0.0)
     return KeyGuess(Array.of(np.zeros(0, np.int8)), number, blur, seconds)
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from attacks.audit import unseen
 from attacks.case import Case
 from securefl import config
 from securefl.runs import run
