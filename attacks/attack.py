@@ -11,6 +11,7 @@ Attacks are found by the entry-point group `securefl.attacks`: NAME = "module:AT
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import struct
 import subprocess
@@ -25,6 +26,7 @@ import msgspec
 
 from attacks.evidence import Interval
 from attacks.view import AnyView, Given, View
+from protocols.identity import digest
 from securefl.config import ConfigurationError, Experiment
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Profile(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class AttackResult:
-    """One figure of merit of one attack.
+    """One figure of merit of one attack. ValueError unless it is a finite number.
 
     baseline: what somebody who saw nothing would reach. n: of independent trials behind the figure.
     """
@@ -59,6 +61,11 @@ class AttackResult:
     baseline: float
     n: int
     seed: int
+
+    def __post_init__(self) -> None:
+        # JSON has no other numbers: an audit.json that holds them is never read again.
+        if not (math.isfinite(self.value) and math.isfinite(self.baseline)):
+            raise ValueError(f"{self.metric} = {self.value} ({self.baseline}): give finite numbers")
 
 
 @final
@@ -213,7 +220,7 @@ def guess(
     """What the adversary of `attack` guesses in each of `trials`, in a process of its own.
 
     The process gets one world after the other, each view's bytes alone, and starts in an empty
-    folder. Raises AttackFailedError with the adversary's own error in one line.
+    folder; of `seed`, from which worlds are made, only a hash. Raises AttackFailedError with the adversary's own error in one line.
     """
     for trial in trials:
         attack.check(trial.view, trial.given)
@@ -239,12 +246,12 @@ def guess(
         try:
             for number, trial in enumerate(trials):
                 module = attack.adversary.__module__
-                asked = _Asked(module, attack.name, trial.view, trial.given, seed + number)
+                drawn = int.from_bytes(digest("adversary", repr((seed, number)).encode())[:6])
+                asked = _Asked(module, attack.name, trial.view, trial.given, drawn)
                 send(process.stdin, msgspec.msgpack.encode(asked))
                 while True:
-                    told = msgspec.msgpack.decode(
-                        receive(process.stdout), type=_Told | _Guessed | _Failed
-                    )
+                    data = receive(process.stdout)
+                    told = msgspec.msgpack.decode(data, type=_Told | _Guessed | _Failed)
                     if isinstance(told, _Failed):
                         raise AttackFailedError(f"{attack.name}: {told.line}")
                     if isinstance(told, _Guessed):
@@ -257,6 +264,11 @@ def guess(
             code = process.wait()
             raise AttackFailedError(
                 f"{attack.name}: its process ended with status {code}"
+            ) from None
+        except msgspec.MsgspecError as error:
+            process.kill()
+            raise AttackFailedError(
+                f"{attack.name}: what it guessed is no {attack.guess.__name__}: {error}"
             ) from None
         except BaseException:
             process.kill()
