@@ -28,6 +28,7 @@ from attacks.evidence import Interval
 from attacks.view import AnyView, Given, View
 from protocols.identity import digest
 from securefl.config import ConfigurationError, Experiment
+from securefl.messages import printable
 
 if TYPE_CHECKING:
     from attacks.case import Case
@@ -144,7 +145,8 @@ class Attack(Generic[Guess, Truth]):
     """One attack.
 
     views: the kinds of view that it works on. given: what it must be given besides. guess: what
-    the adversary returns. trial: the world of a recorded run; raises UnavailableError. undefended
+    the adversary returns. adversary: a function of a module, by whose name its process finds it.
+    trial: the world of a recorded run; raises UnavailableError. undefended
     and no_signal: worlds in which it must succeed, and must not, made from a seed.
     """
 
@@ -190,7 +192,7 @@ class _Asked(msgspec.Struct, frozen=True):
     """What the adversary's process is told: nothing else."""
 
     module: str
-    name: str
+    adversary: str
     view: AnyView
     given: Given
     seed: int
@@ -209,6 +211,7 @@ class _Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 _LENGTH: Final = struct.Struct("<Q")
+_MOST_BYTES: Final = 1 << 36
 
 
 def guess(
@@ -220,7 +223,8 @@ def guess(
     """What the adversary of `attack` guesses in each of `trials`, in a process of its own.
 
     The process gets one world after the other, each view's bytes alone, and starts in an empty
-    folder; of `seed`, from which worlds are made, only a hash. Raises AttackFailedError with the adversary's own error in one line.
+    folder; of `seed`, from which worlds are made, it gets a hash. Raises AttackFailedError with the
+    adversary's own error in one line.
     """
     for trial in trials:
         attack.check(trial.view, trial.given)
@@ -245,9 +249,10 @@ def guess(
         assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018
         try:
             for number, trial in enumerate(trials):
-                module = attack.adversary.__module__
                 drawn = int.from_bytes(digest("adversary", repr((seed, number)).encode())[:6])
-                asked = _Asked(module, attack.name, trial.view, trial.given, drawn)
+                function = attack.adversary
+                named = function.__module__, function.__qualname__
+                asked = _Asked(*named, trial.view, trial.given, drawn)
                 send(process.stdin, msgspec.msgpack.encode(asked))
                 while True:
                     data = receive(process.stdout)
@@ -277,6 +282,11 @@ def guess(
     return guesses
 
 
+def one_line(error: Exception) -> str:
+    """An error in one line, without what a terminal would obey: an attack may say anything."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+
+
 def send(stream: Any, data: bytes) -> None:
     """One message of the pipe between the two processes."""
     stream.write(_LENGTH.pack(len(data)) + data)
@@ -289,6 +299,8 @@ def receive(stream: Any) -> bytes:
     if len(head) < _LENGTH.size:
         raise EOFError
     (size,) = _LENGTH.unpack(head)
+    if size > _MOST_BYTES:  # nobody's message: something else was written between them
+        raise EOFError
     data: bytes = stream.read(size)
     if len(data) < size:
         raise EOFError
@@ -310,17 +322,11 @@ def serve(source: Any, sink: Any) -> None:
 
         answer: _Guessed | _Failed
         try:
-            module = importlib.import_module(asked.module)
-            attack = next(
-                value
-                for value in vars(module).values()
-                if isinstance(value, Attack) and value.name == asked.name
-            )
-            guessed = attack.adversary(asked.view, asked.given, asked.seed, told)
+            adversary = getattr(importlib.import_module(asked.module), asked.adversary)
+            guessed = adversary(asked.view, asked.given, asked.seed, told)
             answer = _Guessed(msgspec.msgpack.encode(guessed))
         except Exception as error:
-            line = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            answer = _Failed(line)
+            answer = _Failed(one_line(error))
         send(sink, msgspec.msgpack.encode(answer))
 
 
