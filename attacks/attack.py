@@ -11,6 +11,7 @@ Attacks are found by the entry-point group `securefl.attacks`: NAME = "module:AT
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import struct
 import subprocess
@@ -25,7 +26,9 @@ import msgspec
 
 from attacks.evidence import Interval
 from attacks.view import AnyView, Given, View
+from protocols.identity import digest
 from securefl.config import ConfigurationError, Experiment
+from securefl.messages import printable
 
 if TYPE_CHECKING:
     from attacks.case import Case
@@ -48,7 +51,7 @@ class Profile(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class AttackResult:
-    """One figure of merit of one attack.
+    """One figure of merit of one attack. ValueError unless it is a finite number.
 
     baseline: what somebody who saw nothing would reach. n: of independent trials behind the figure.
     """
@@ -59,6 +62,11 @@ class AttackResult:
     baseline: float
     n: int
     seed: int
+
+    def __post_init__(self) -> None:
+        # JSON has no other numbers: an audit.json that holds them is never read again.
+        if not (math.isfinite(self.value) and math.isfinite(self.baseline)):
+            raise ValueError(f"{self.metric} = {self.value} ({self.baseline}): give finite numbers")
 
 
 @final
@@ -137,7 +145,8 @@ class Attack(Generic[Guess, Truth]):
     """One attack.
 
     views: the kinds of view that it works on. given: what it must be given besides. guess: what
-    the adversary returns. trial: the world of a recorded run; raises UnavailableError. undefended
+    the adversary returns. adversary: a function of a module, by whose name its process finds it.
+    trial: the world of a recorded run; raises UnavailableError. undefended
     and no_signal: worlds in which it must succeed, and must not, made from a seed.
     """
 
@@ -183,7 +192,7 @@ class _Asked(msgspec.Struct, frozen=True):
     """What the adversary's process is told: nothing else."""
 
     module: str
-    name: str
+    adversary: str
     view: AnyView
     given: Given
     seed: int
@@ -202,6 +211,7 @@ class _Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 _LENGTH: Final = struct.Struct("<Q")
+_MOST_BYTES: Final = 1 << 36
 
 
 def guess(
@@ -213,7 +223,8 @@ def guess(
     """What the adversary of `attack` guesses in each of `trials`, in a process of its own.
 
     The process gets one world after the other, each view's bytes alone, and starts in an empty
-    folder. Raises AttackFailedError with the adversary's own error in one line.
+    folder; of `seed`, from which worlds are made, it gets a hash. Raises AttackFailedError with the
+    adversary's own error in one line.
     """
     for trial in trials:
         attack.check(trial.view, trial.given)
@@ -238,13 +249,14 @@ def guess(
         assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018
         try:
             for number, trial in enumerate(trials):
-                module = attack.adversary.__module__
-                asked = _Asked(module, attack.name, trial.view, trial.given, seed + number)
+                drawn = int.from_bytes(digest("adversary", repr((seed, number)).encode())[:6])
+                function = attack.adversary
+                named = function.__module__, function.__qualname__
+                asked = _Asked(*named, trial.view, trial.given, drawn)
                 send(process.stdin, msgspec.msgpack.encode(asked))
                 while True:
-                    told = msgspec.msgpack.decode(
-                        receive(process.stdout), type=_Told | _Guessed | _Failed
-                    )
+                    data = receive(process.stdout)
+                    told = msgspec.msgpack.decode(data, type=_Told | _Guessed | _Failed)
                     if isinstance(told, _Failed):
                         raise AttackFailedError(f"{attack.name}: {told.line}")
                     if isinstance(told, _Guessed):
@@ -258,6 +270,11 @@ def guess(
             raise AttackFailedError(
                 f"{attack.name}: its process ended with status {code}"
             ) from None
+        except msgspec.MsgspecError as error:
+            process.kill()
+            raise AttackFailedError(
+                f"{attack.name}: what it guessed is no {attack.guess.__name__}: {error}"
+            ) from None
         except BaseException:
             process.kill()
             raise
@@ -265,12 +282,9 @@ def guess(
     return guesses
 
 
-def _read(attack: Attack[Guess, Truth], data: bytes) -> Guess:
-    try:
-        return msgspec.msgpack.decode(data, type=attack.guess)
-    except msgspec.MsgspecError as error:
-        line = f"its adversary returned no {attack.guess.__name__}: {error}"
-        raise AttackFailedError(f"{attack.name}: {line}") from None
+def one_line(error: Exception) -> str:
+    """An error in one line, without what a terminal would obey: an attack may say anything."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
 
 
 def send(stream: Any, data: bytes) -> None:
@@ -285,6 +299,8 @@ def receive(stream: Any) -> bytes:
     if len(head) < _LENGTH.size:
         raise EOFError
     (size,) = _LENGTH.unpack(head)
+    if size > _MOST_BYTES:  # nobody's message: something else was written between them
+        raise EOFError
     data: bytes = stream.read(size)
     if len(data) < size:
         raise EOFError
@@ -306,17 +322,11 @@ def serve(source: Any, sink: Any) -> None:
 
         answer: _Guessed | _Failed
         try:
-            module = importlib.import_module(asked.module)
-            attack = next(
-                value
-                for value in vars(module).values()
-                if isinstance(value, Attack) and value.name == asked.name
-            )
-            guessed = attack.adversary(asked.view, asked.given, asked.seed, told)
+            adversary = getattr(importlib.import_module(asked.module), asked.adversary)
+            guessed = adversary(asked.view, asked.given, asked.seed, told)
             answer = _Guessed(msgspec.msgpack.encode(guessed))
         except Exception as error:
-            line = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            answer = _Failed(line)
+            answer = _Failed(one_line(error))
         send(sink, msgspec.msgpack.encode(answer))
 
 

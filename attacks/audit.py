@@ -29,10 +29,12 @@ from attacks.attack import (
     Attack,
     AttackFailedError,
     AttackResult,
+    Claim,
     Curve,
     Profile,
     Score,
     UnavailableError,
+    one_line,
     receive,
     send,
 )
@@ -182,7 +184,7 @@ def assess(
 ) -> Row:
     """What `attack` shows on a run, beside its two controls. Claims are judged later: `judged`."""
     started = time.perf_counter()
-    row, claim = _empty(attack, case), attack.claim(case.experiment)
+    row, claim = _empty(attack, case), _said(attack, case)
     try:
         trial = attack.trial(case)
         worlds = [
@@ -226,9 +228,20 @@ def assess(
     )
 
 
+def _said(attack: Attack[Any, Any], case: Case) -> Claim:
+    """What `attack` would contradict; ConfigurationError where it cannot say."""
+    try:
+        return attack.claim(case.experiment)
+    except Exception as error:
+        raise ConfigurationError(
+            f"the attack {attack.name} cannot say what it attacks in this run "
+            f"({type(error).__name__}: {error}): mend or remove the package that has it"
+        ) from error
+
+
 def _empty(attack: Attack[Any, Any], case: Case) -> Row:
     """What is known before an attack is tried."""
-    claim = attack.claim(case.experiment)
+    claim = _said(attack, case)
     return Row(
         attack=attack.name,
         title=attack.title,
@@ -277,7 +290,9 @@ def audit(
     started = time.perf_counter()
     chosen = list(names) if names is not None else list(attacks.installed())
     for name in chosen:
-        attacks.find(name)
+        _said(attacks.find(name), case)
+    # What cannot be read, or is not to be, shows before any work.
+    read, auditing = hashes(case), case.auditing
     seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
     found = _in_parallel(case, chosen, seed, workers, told)
     rows = judged(found[name] for name in chosen)
@@ -286,7 +301,7 @@ def audit(
         run=summary.name,
         protocol=summary.protocol,
         sites=summary.sites,
-        auditing=case.auditing,
+        auditing=auditing,
         epsilon=summary.epsilon,
         delta=summary.delta,
         private=summary.private,
@@ -296,7 +311,7 @@ def audit(
         seed=seed,
         level=LEVEL,
         tests=sum(_tests(row) for row in rows),
-        hashes=hashes(case),
+        hashes=read,
         rows=rows,
         alarms=tuple(row.attack for row in rows if row.verdict == "contradicted"),
         unseen=unseen(case),
@@ -437,8 +452,7 @@ def serve(source: Any, sink: Any) -> None:
             row = assess(attacks.find(job.attack), cases[key], job.seed, told)
             said = msgspec.msgpack.encode(_Done(row))
         except Exception as error:
-            line = " ".join(f"{job.attack}: {type(error).__name__}: {error}".split())[:500]
-            said = msgspec.msgpack.encode(_Stopped(line))
+            said = msgspec.msgpack.encode(_Stopped(f"{job.attack}: {one_line(error)}"))
         send(sink, said)
 
 

@@ -7,6 +7,7 @@ evidence: its records, and what it recorded of itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +31,15 @@ from attacks.view import (
     ReleasedModelView,
     ServerView,
 )
+from protocols.errors import ProtocolError
+from protocols.identity import Roster
 from securefl import agreement, models, simulation
 from securefl.canaries import read_coins
 from securefl.config import ConfigurationError, Experiment, load_site
 from securefl.data import Records, Table, held_out
 from securefl.messages import Answer, parse_reply
 from securefl.preprocessing import Fitted
+from securefl.privacy.ledger import SignedHead
 from securefl.records import PREPROCESSING, SITES, History, Summary, read_history
 from securefl.site_folder import SITE
 from securefl.store import ServerStore, SiteStore
@@ -190,13 +194,20 @@ class Case:
         return tuple(folders / site for site in self.sites if (folders / site / SITE).exists())
 
     def ledger_heads(self) -> dict[str, str]:
-        """The newest head of its ledger that each site signed in an answer, hexadecimal."""
+        """The newest head of its ledger that each site signed in an answer, hexadecimal.
+
+        One whose signature is not by the key in the transcript's rosters is left out.
+        """
         heads = {}
-        for item in self.crossings if (self.folder / TRANSCRIPT).exists() else ():
-            if item.direction == "up" and item.number > 0:
+        told = [Roster(dict(keys)) for keys in self._keys]
+        for item in crossings(self.folder / TRANSCRIPT):
+            if item.direction != "up" or item.number == 0:
+                continue
+            with suppress(ProtocolError):  # a site may have answered anything
                 said = parse_reply(item.data)
-                if isinstance(said, Answer) and said.head is not None:
-                    heads[item.site] = said.head.hash.hex()
+                head = said.head if isinstance(said, Answer) else None
+                if head is not None and any(_signed(head, item.site, x) for x in told):
+                    heads[item.site] = head.hash.hex()
         return heads
 
     def coins(self, site: str) -> NDArray[np.bool_]:
@@ -247,6 +258,14 @@ class Case:
             return made.start()
         told = msgspec.json.decode(path.read_bytes(), type=_Told)
         return told.values
+
+
+def _signed(head: SignedHead, site: str, roster: Roster) -> bool:
+    try:
+        head.check(site, roster)
+    except ProtocolError:
+        return False
+    return True
 
 
 class _Told(msgspec.Struct, frozen=True):

@@ -36,7 +36,12 @@ Own = Annotated[
 ]
 Seeded = Annotated[
     int | None,
-    typer.Option("--seed", min=0, help="Repeat an audit: what its audit.json says. [default: new]"),
+    typer.Option(
+        "--seed",
+        min=0,
+        max=2**32 - 1,
+        help="Repeat an audit: what its audit.json says. [default: new]",
+    ),
 ]
 Written = Annotated[Format, typer.Option("--format", help="How to write the result.")]
 

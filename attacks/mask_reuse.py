@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -48,6 +49,7 @@ from protocols import masks, secagg, shamir
 from protocols.bfv import DEGREE, MODULUS, Parameters
 from protocols.bitpacking import pack, packed_size, unpack
 from protocols.catalogue import UPLOAD
+from protocols.errors import ProtocolError
 from protocols.framing import SEED_BYTES
 from protocols.keystream import Seed
 from protocols.masks import MaskKey
@@ -144,12 +146,12 @@ def _masked(
     view: Seen, protocol: str, training: Training, parts: Mapping[str, bytes]
 ) -> dict[str, Slots]:
     """A round's vectors as masks left them; none where they are encrypted and no key leaked."""
-    bits = training.encoding.plain_bits
+    bits, found = training.encoding.plain_bits, dict[str, Slots]()
     if protocol == "secagg":
-        return {
-            site: unpack(np.frombuffer(data, np.uint8), training.slots, bits)
-            for site, data in parts.items()
-        }
+        for site, data in parts.items():
+            with suppress(ValueError):  # no packed vector: the server refused it too
+                found[site] = unpack(np.frombuffer(data, np.uint8), training.slots, bits)
+        return found
     if protocol != "masked-bfv" or not isinstance(view, ColludingView):
         return {}
     leaks = (leaked_seed(training.begin, item, view.crossings) for item in view.recordings)
@@ -157,11 +159,10 @@ def _masked(
     if leaked is None:
         return {}
     friends = {item.site for item in view.recordings}
-    return {
-        site: opened(protocol, leaked, training, data)
-        for site, data in parts.items()
-        if site not in friends
-    }
+    for site in sorted(parts.keys() - friends):
+        with suppress(ProtocolError):  # no ciphertext: the server refused it too
+            found[site] = opened(protocol, leaked, training, parts[site])
+    return found
 
 
 def _unmasked(view: Seen, training: Training, vectors: Mapping[str, Slots]) -> dict[str, Slots]:
@@ -177,8 +178,9 @@ def _unmasked(view: Seen, training: Training, vectors: Mapping[str, Slots]) -> d
     context = secagg.mask_context(begin, {site: adverts[site] for site in members})
     held: dict[str, dict[int, Share]] = defaultdict(dict)
     for site, body in bodies["unmask", "up"].items():
-        for item in ReleasedShares.from_bytes(body).own:
-            held[item.owner][begin.cohort.index(site) + 1] = Share.parse(item.share)
+        with suppress(ProtocolError, ValueError):  # a site may have answered anything
+            for item in ReleasedShares.from_bytes(body).own:
+                held[item.owner][begin.cohort.index(site) + 1] = Share.parse(item.share)
     friends = view.recordings if isinstance(view, ColludingView) else ()
     keys = {item.site: key for item in friends if (key := _mask_key(item, number)) is not None}
     if len(set(members) - set(keys)) < 2:
@@ -189,7 +191,10 @@ def _unmasked(view: Seen, training: Training, vectors: Mapping[str, Slots]) -> d
         if len(held[site]) < begin.threshold or site in keys:
             continue
         some = dict(sorted(held[site].items())[: begin.threshold])
-        terms = [masks.own(shamir.combine(some), site, context)]
+        try:
+            terms = [masks.own(shamir.combine(some), site, context)]
+        except ValueError:  # somebody gave a share of something else
+            continue
         for friend, key in keys.items():
             if friend in near.neighbours(site):
                 sign, stream = key.pair(friend, site, adverts[site].mask, context)
@@ -215,8 +220,10 @@ def _bodies(crossings: Sequence[Crossing], number: int) -> dict[tuple[str, str],
             continue
         if item.direction == "down":
             found[item.phase, "down"][item.site] = Request.from_bytes(item.data).body
-        elif isinstance(said := parse_reply(item.data), Answer):
-            found[item.phase, "up"][item.site] = said.body
+        else:
+            with suppress(ProtocolError):  # a site may have answered anything
+                if isinstance(said := parse_reply(item.data), Answer):
+                    found[item.phase, "up"][item.site] = said.body
     return found
 
 
@@ -255,7 +262,7 @@ def _seeds(protocol: str, training: Training, parts: Mapping[str, bytes]) -> dic
     if protocol == "ckks":  # two residues of every coefficient, of 60 and of 40 bits
         each = SEED_BYTES + packed_size(CKKS_DEGREE, 60) + packed_size(CKKS_DEGREE, 40)
     return {
-        site: [data[at : at + SEED_BYTES] for at in range(0, len(data), each)]
+        site: [data[at : at + SEED_BYTES] for at in range(0, len(data) - SEED_BYTES + 1, each)]
         for site, data in parts.items()
     }
 
@@ -268,7 +275,7 @@ def _same_seed(
     parameters = Parameters(encoding.plain_bits, encoding.cohort)
     found = []
     for a, b in combinations(sorted(parts), 2):
-        if seeds[a][0] != seeds[b][0]:
+        if seeds[a][:1] != seeds[b][:1] or not seeds[a] or len(parts[a]) != len(parts[b]):
             continue
         size = min(training.slots, DEGREE)
         end = SEED_BYTES + packed_size(size, parameters.upload_bits)

@@ -24,6 +24,7 @@ from attacks.attack import AttackResult, Claim, Curve, Profile, Score, Trial, Un
 from attacks.case import Case
 from attacks.evidence import Roc, TooFewError
 from attacks.view import Array, Given, Public, Records, ReleasedModelView
+from protocols.identity import digest
 from securefl import config, data
 from securefl.config import Experiment
 from securefl.data import Table
@@ -156,7 +157,9 @@ def candidates(case: Case) -> Candidates:
             f"{len(trained)} training and {len(held_out)} held-out records are at hand: "
             "membership takes 4 and 2 at least"
         )
-    seed = int.from_bytes(case.experiment.digest()[:6], "big")
+    # Whoever has the experiment alone must not be able to shuffle them again.
+    held_by_sites = trained.features.data, trained.target.data
+    seed = int.from_bytes(digest("candidates", case.experiment.digest(), *held_by_sites)[:6])
     promised, notes = _promised(case.experiment)
     if len(case.auditing) < len(case.sites):
         notes = (*notes, f"candidates are of {', '.join(case.auditing)} only")
@@ -273,8 +276,9 @@ def _against_promise(scores: NDArray[np.float64], truth: Members, seed: int) -> 
     """
     assert truth.promised is not None  # noqa: S101
     rng = np.random.default_rng([seed, 9])
-    epsilon, delta = 2 * truth.promised.epsilon, (1 + exp(truth.promised.epsilon))
-    delta = min(1.0, delta * truth.promised.delta)
+    epsilon = 2 * truth.promised.epsilon
+    delta = (1 + exp(min(truth.promised.epsilon, 700.0))) * truth.promised.delta  # beyond: no float
+    delta = min(1.0, delta)
     ins, outs = np.nan_to_num(scores, nan=-np.inf)[rng.permutation(truth.pairs)].T
     with np.errstate(invalid="ignore"):
         margin = np.nan_to_num(ins - outs)

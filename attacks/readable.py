@@ -11,6 +11,7 @@ are uniform modulo a prime that is a power of two but for less than one part in 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 _MOST_BYTES: Final = 1 << 18
 """Of each upload, at most."""
 
+_MOST_NAMED: Final = 10
+"""Uploads of unlike lengths, at most."""
+
 
 class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an upload says when it is decoded as plain: float32[d], in the encoding's integers."""
@@ -73,12 +77,12 @@ class Counted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that was read. odd_sizes: rounds in which uploads had different lengths."""
+    """All that was read. odd: uploads that are not as long as most of their round's, in words."""
 
     read: tuple[Read, ...]
     counted: tuple[Counted, ...]
     likeness: float
-    odd_sizes: int
+    odd: tuple[str, ...]
 
 
 # --- the adversary --------------------------------------------------------------------------------
@@ -92,10 +96,15 @@ def adversary(view: ServerView, given: Given, seed: int, progress: Progress) -> 
     means = {item.number: item.aggregate.mean for item in view.rounds()}
     read, bits, agree, signs = list[Read](), list[NDArray[np.uint8]](), 0, 0
     places: list[NDArray[np.int64]] = []
-    likeness, rows, odd = list[float](), 0, 0
+    likeness, rows, odd = list[float](), 0, list[str]()
     for done, training in enumerate(rounds):
         parts = {s: said.payload for s, said in uploads(view.crossings, training.number).items()}
-        odd += len({len(data) for data in parts.values()}) > 1
+        usual = Counter(map(len, parts.values())).most_common(1)[0][0] if parts else 0
+        odd += [
+            f"{site} sent {len(parts[site])} bytes in round {training.number}, and most {usual}"
+            for site in sorted(parts)
+            if len(parts[site]) != usual
+        ]
         for site in sorted(parts):
             values = _decoded(training, parts[site])
             read.append(Read(training.number, site, Array.of(values.astype(np.float32))))
@@ -124,7 +133,7 @@ def adversary(view: ServerView, given: Given, seed: int, progress: Progress) -> 
         worst = int(np.argmax(np.abs(sums - rows / 2)))
         counted.append(Counted(f"bits at {worst} of a slot", int(sums[worst]), rows, len(sums)))
     mean_likeness = float(np.mean(likeness)) if likeness else 0.0
-    return Reading(tuple(read), tuple(counted), mean_likeness, odd)
+    return Reading(tuple(read), tuple(counted), mean_likeness, tuple(odd))
 
 
 def _decoded(training: Training, data: bytes) -> NDArray[np.float64]:
@@ -176,7 +185,7 @@ def score(guess: Reading, truth: Contributions, seed: int) -> Score:
         about, compared = "aggregate", sum(item.values.shape[0] for item in guess.read)
     half = 1.96 / math.sqrt(max(compared, 4))
     p = min([1.0, *(_tail(item) * item.times for item in guess.counted)]) * len(guess.counted)
-    p = 0.0 if guess.odd_sizes else min(1.0, p)
+    p = 0.0 if guess.odd else min(1.0, p)
     results = (
         AttackResult(
             f"correlation of what was read with the {about}",
@@ -193,7 +202,7 @@ def score(guess: Reading, truth: Contributions, seed: int) -> Score:
     )
     n = max((item.n for item in guess.counted), default=0)
     limit = f"{n} bits: would show where {0.5 + 2.5 / np.sqrt(max(n, 1)):.2%} of them are alike"
-    return Score(results, p < SURE, p, limit)
+    return Score(results, p < SURE, p, limit, notes=guess.odd[:_MOST_NAMED])
 
 
 def _tail(item: Counted) -> float:
@@ -233,6 +242,8 @@ def _trial(
     rounds = trainings(view.public, view.crossings)
     if not rounds:
         raise UnavailableError("no round of training was recorded")
+    if all(len(uploads(view.crossings, training.number)) < 2 for training in rounds):
+        raise UnavailableError("one upload of a round is left out, and no other was recorded")
     length = min(training.length for training in rounds)
     return Trial(view, Contributions(rounds[0].encoding, length, tuple(by_site)))
 

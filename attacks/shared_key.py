@@ -9,6 +9,7 @@ which are uniform but for their sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
@@ -116,13 +117,14 @@ def trainings(public: Public, crossings: Sequence[Crossing]) -> tuple[Training, 
 
 
 def uploads(crossings: Sequence[Crossing], number: int) -> dict[str, Upload]:
-    """Each site's upload of round `number`."""
+    """Each site's upload of round `number`; what is none, which the server refused, is left out."""
     found = {}
     for item in crossings:
         if (item.number, item.phase, item.direction) == (number, UPLOAD, "up"):
-            said = parse_reply(item.data)
-            if isinstance(said, Answer):
-                found[item.site] = Upload.from_bytes(said.body)
+            with suppress(ProtocolError):
+                said = parse_reply(item.data)
+                if isinstance(said, Answer):
+                    found[item.site] = Upload.from_bytes(said.body)
     return found
 
 
@@ -183,7 +185,9 @@ def adversary(view: ColludingView, given: Given, seed: int, progress: Progress) 
         if leaked is not None:
             keys += 1
             for site, upload in uploads(view.crossings, training.number).items():
-                if site not in friends:
+                if site in friends:
+                    continue
+                with suppress(ProtocolError):  # no ciphertext: the server refused it too
                     slots = opened(protocol, leaked, training, upload.payload)
                     found.append(OpenedUpload(training.number, site, Array.of(slots)))
         progress((done + 1) / len(rounds))
@@ -225,7 +229,9 @@ def fields(encoding: Encoding, slots: NDArray[np.uint64]) -> NDArray[np.float64]
 
 
 def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Pearson's, 0 where one of both does not vary."""
+    """Pearson's, 0 where one of both does not vary, or is empty."""
+    if not len(a):
+        return 0.0
     a, b = a - a.mean(), b - b.mean()
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size else 0.0
@@ -315,6 +321,12 @@ def trial(case: Case) -> Trial[Contributions]:
     if not recordings:
         raise reason
     view = case.colluding((recordings[0].site,), with_server=True)
+    seen = {item.site for item in view.crossings}
+    if not any(item.site in seen for item in recordings[1:]):
+        raise UnavailableError(
+            "no other site's updates and messages were recorded, to compare with: [transcript] "
+            "consent and own take two sites at least"
+        )
     return Trial(view, contributions(view, recordings[1:]))
 
 

@@ -88,7 +88,10 @@ def trial(case: Case) -> Trial[dict[str, int]]:
     """A recorded run, where the records of three sites at least are at hand."""
     if len(case.auditing) < 3:
         raise UnavailableError("it takes the record counts of three sites; one audits alone here")
-    return Trial(case.network(), {site: len(case.tables(site)[0]) for site in case.auditing})
+    view = case.network()
+    if len({item.site for item in view.passed}) < 3:
+        raise UnavailableError("it takes the messages of three sites: [transcript] consent")
+    return Trial(view, {site: len(case.tables(site)[0]) for site in case.auditing})
 
 
 def undefended(seed: int, profile: Profile) -> Trial[dict[str, int]]:

@@ -106,7 +106,7 @@ def test_the_truth_does_not_cross(made):
     [
         ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
         ("os._exit(7)", "ended with status 7"),
-        ("return 5", "tried: its adversary returned no Seen"),
+        ("return 5", "tried: what it guessed is no Seen"),
         ("sys.exit(3)", "ended with status"),
     ],
 )

@@ -52,15 +52,15 @@ def test_without_the_truth_what_is_read_is_compared_with_the_aggregate():
 @pytest.mark.parametrize(("seen", "n"), [(5300, 10_000), (4700, 10_000)])
 def test_a_lack_of_balance_either_way_shows(seen, n):
     trial = rehearsed("secagg", 0, Profile.quick)
-    told = readable.score(Reading((), (Counted("bits", seen, n),), 0.0, 0), trial.truth, 0)
+    told = readable.score(Reading((), (Counted("bits", seen, n),), 0.0, ()), trial.truth, 0)
     assert told.succeeded
 
 
 def test_uploads_of_different_lengths_are_an_alarm():
     trial = rehearsed("secagg", 0, Profile.quick)
     quiet = (Counted("bits", 5000, 10_000),)
-    assert readable.score(Reading((), quiet, 0.0, 0), trial.truth, 0).p == 1
-    assert readable.score(Reading((), quiet, 0.0, 1), trial.truth, 0).p == 0
+    assert readable.score(Reading((), quiet, 0.0, ()), trial.truth, 0).p == 1
+    assert readable.score(Reading((), quiet, 0.0, ("site-2 sent 7 bytes",)), trial.truth, 0).p == 0
 
 
 def test_view_and_guess_travel_as_bytes():
