@@ -15,10 +15,10 @@ from securefl.config import ConfigurationError, Engine
 from securefl.engines.workers import Workers
 from securefl.messages import Request
 from securefl.records import read_history
-from securefl.runs import resume
 
 # A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
 run = partial(runs.run, report=False)
+resume = partial(runs.resume, report=False)
 
 
 def workers() -> list[int]:
