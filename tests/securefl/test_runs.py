@@ -897,6 +897,7 @@ torch.set_num_threads(1)
 folder, file, log, seed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 experiment, rng = config.load(file), random.Random(seed)
 simulation.assemble(experiment)  # what every child would load and calibrate again
+torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the first one loads torch's compiler
 
 def logged(real):
     def logging(self, *arguments):
