@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -884,9 +885,10 @@ def test_a_run_that_failed_can_be_resumed(small, tmp_path):
 
 
 # A process that starts a run, or resumes it, again and again in children that are killed. A child
-# logs every noised vector it computes, so that charges can be counted against them.
+# logs every noised vector it computes, so that charges can be counted against them. A line of input
+# is a run: its directory, its experiment, the log and a seed.
 KILLED = """
-import os, random, signal, sys, time, traceback
+import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 import opacus
@@ -894,9 +896,6 @@ from securefl import config, runs, simulation
 from securefl.privacy import training
 
 torch.set_num_threads(1)
-folder, file, log, seed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-experiment, rng = config.load(file), random.Random(seed)
-simulation.assemble(experiment)  # what every child would load and calibrate again
 torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the first one loads torch's compiler
 
 def logged(real):
@@ -938,13 +937,54 @@ def attempt(fsync=None, delay=None):
         os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
 
-kills = 0
-for _ in range(5):  # at a write to disk, in the middle of making it durable
-    kills += attempt(fsync=rng.randint(1, 25)) == signal.SIGKILL
-for _ in range(3):  # at any instant
-    kills += attempt(delay=rng.uniform(0, 0.5)) == signal.SIGKILL
-print(attempt(), kills)
+for line in sys.stdin:
+    folder, file, log, seed = json.loads(line)
+    folder, experiment, rng = Path(folder), config.load(Path(file)), random.Random(seed)
+    simulation.assemble(experiment)  # what every child would load and calibrate again
+    kills = 0
+    for _ in range(5):  # at a write to disk, in the middle of making it durable
+        kills += attempt(fsync=rng.randint(1, 25)) == signal.SIGKILL
+    for _ in range(3):  # at any instant
+        kills += attempt(delay=rng.uniform(0, 0.5)) == signal.SIGKILL
+    print(attempt(), kills, flush=True)
 """
+
+
+class Killer:
+    """That process: it loads what a run needs once, for every run that it kills."""
+
+    def __init__(self, errors: Path) -> None:
+        self.errors = errors
+        with errors.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", KILLED],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
+
+    def kill(self, folder: Path, file: Path, log: Path, seed: int, seconds: float) -> int:
+        """How often the run in `folder` was killed before it came to its end."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        line = json.dumps([str(folder), str(file), str(log), seed])
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        assert ready, f"not within {seconds:g} s: {self.errors.read_text()}"
+        told = self.process.stdout.readline()
+        assert told, self.errors.read_text()
+        status, kills = map(int, told.split())
+        assert status == 0, self.errors.read_text()
+        return kills
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory):
+    made = Killer(tmp_path_factory.mktemp("killer") / "errors")
+    yield made
+    made.process.kill()
+    made.process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -959,7 +999,7 @@ print(attempt(), kills)
     ],
 )
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
-    seeded, whole, tmp_path, protocol, reveal, noise, seed, workers
+    seeded, whole, killer, tmp_path, protocol, reveal, noise, seed, workers
 ):
     privacy = seeded.privacy.model_copy(update={"noise": noise})
     seeded = seeded.model_copy(update={"privacy": privacy})
@@ -972,24 +1012,8 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
     seeded = seeded.model_copy(update={"protocol": chosen, "engine": engine})
     folder, log = tmp_path / "run", tmp_path / "vectors"
     (tmp_path / "trial.toml").write_text(seeded.dump())
-    out = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILLED,
-            str(folder),
-            str(tmp_path / "trial.toml"),
-            str(log),
-            str(seed),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600 if workers else 120,
-        check=True,
-    )
-    status, kills = map(int, out.stdout.split())
-    assert status == 0, out.stderr
-    assert kills >= 3
+    seconds = 600.0 if workers else 120.0
+    assert killer.kill(folder, tmp_path / "trial.toml", log, seed, seconds) >= 3
     finished_well(folder, whole, 6)
     history = read_history(folder)
     plan = simulation.assemble(seeded).plan
