@@ -671,9 +671,12 @@ def test_nothing_secret_is_in_the_run_directory(small, private, tmp_path, monkey
         for path, data in files.items():
             assert secret not in data, path
             assert secret.hex().encode() not in data.lower(), path
+    crossed = crossings(folder / "transcript")
     for share in own_shares:
         told = {path for path, data in files.items() if share in data}
-        assert all("-unmask-" in path.name and "-up-" in path.name for path in told)
+        assert told <= {folder / "transcript" / "messages.bin"}
+        shown = {(item.phase, item.direction) for item in crossed if share in item.data}
+        assert shown == ({("unmask", "up")} if told else set())
 
 
 @HIDING

@@ -71,12 +71,12 @@ def test_ledgers_add_up_over_runs_and_stop_a_site_for_good(trial, folders, tmp_p
             assert [r.charged for r in ledger.standing("rows").runs] == [3]
             assert set(ledger.kept()) == set(NAMES) - {name}
     second = run(
-        trial("rounds=60", "privacy.epsilon=6.5", f"engine.workers={workers[1]}"),
+        trial("rounds=20", "privacy.epsilon=6.5", f"engine.workers={workers[1]}"),
         tmp_path / "second",
         sites=own,
     )
     assert second.summary.stopped == "privacy budget spent"
-    assert 0 < second.summary.rounds < 60
+    assert 0 < second.summary.rounds < 20
     for name, before in zip(NAMES, spent, strict=True):
         with book(own, name) as ledger:
             assert before < ledger.epsilon("rows") <= 7.0
