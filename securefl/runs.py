@@ -180,12 +180,16 @@ def run(
 
 
 def resume(
-    directory: Path, *, progress: Progress | None = None, remote: Remote | None = None
+    directory: Path,
+    *,
+    progress: Progress | None = None,
+    remote: Remote | None = None,
+    report: bool = True,
 ) -> Run:
     """Continue the run in `directory` after its last finished round; a finished one is returned.
 
     The round that was interrupted counts as aborted: its number is not used again, and what sites
-    were charged for it stays charged.
+    were charged for it stays charged. `report` is as in `run`.
     """
     folder = Path(directory)
     if folder.is_symlink():  # runs/latest may point elsewhere before this run ends
@@ -195,7 +199,7 @@ def resume(
         return Run(folder, history.summary)
     told = folder / SITES
     sites = Path(told.read_text(encoding="utf-8")) if told.exists() else None
-    job = _Job(history.experiment, progress or _Silent(), None, {}, sites, remote)
+    job = _Job(history.experiment, progress or _Silent(), None, {}, sites, remote, report)
     with store.exclusive(folder):
         return job.go(folder)
 

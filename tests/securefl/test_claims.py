@@ -14,11 +14,12 @@ from protocols.errors import MalformedMessageError
 from securefl import config, runs, store
 from securefl.config import ConfigurationError
 from securefl.messages import Answer, Refusal, Request, parse_reply, printable
-from securefl.runs import RunFailedError, resume
+from securefl.runs import RunFailedError
 from securefl.store import CorruptStoreError, SiteStore
 
 # A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
 run = partial(runs.run, report=False)
+resume = partial(runs.resume, report=False)
 
 PLAN = """
 [privacy]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ REFUSED = (
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kits of a consortium, which no test changes: keys of RSA-3072 take a while to make."""
+    folder = tmp_path_factory.mktemp("made") / "trial"
+    return Consortium.new(folder, "localhost:8002", ["a", "b"]).kit("a").parent
+
+
 @pytest.fixture
-def kits(tmp_path: Path) -> Path:
-    return Consortium.new(tmp_path / "trial", "localhost:8002", ["a", "b"]).kit("a").parent
+def kits(made: Path, tmp_path: Path) -> Path:
+    """A copy of them for one test."""
+    return Path(shutil.copytree(made, tmp_path / "kits"))
 
 
 def status(kit: Path, *options: str) -> Any:

@@ -27,13 +27,14 @@ from securefl.messages import Answer, Refusal, Request
 from securefl.privacy.plan import Observer, RecordDistributed, SiteDistributed
 from securefl.privacy.training import Trainer
 from securefl.records import read_history
-from securefl.runs import MEAN_ACCURACY, RunFailedError, Wrap, resume
+from securefl.runs import MEAN_ACCURACY, RunFailedError, Wrap
 from securefl.server import Server
 from securefl.state import apply, first_state
 from securefl.store import SiteStore
 
 # A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
 run = partial(runs.run, report=False)
+resume = partial(runs.resume, report=False)
 
 SECURE = pytest.mark.parametrize("protocol", ["secagg", "masked-bfv"])
 UNITS = pytest.mark.parametrize("unit", ["record", "person", "site"])
@@ -456,7 +457,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_clip(trial, tmp_path, reveal):
     whole = run(seeded, tmp_path / "whole")
     with pytest.raises(StopError):
         run(seeded, tmp_path / "run", progress=Stopping())
-    done = resume(tmp_path / "run")
+    done = runs.resume(tmp_path / "run")  # with its report
     assert clips(done.directory) == clips(whole.directory)
     assert len(set(clips(done.directory))) == 3
     assert model(done.directory) == model(whole.directory)

@@ -31,12 +31,13 @@ from securefl.replicas import (
     Report,
     Standing,
 )
-from securefl.runs import RunFailedError, resume
+from securefl.runs import RunFailedError
 from securefl.state import GlobalState
 from securefl.store import CorruptStoreError
 
 # A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
 run = partial(runs.run, report=False)
+resume = partial(runs.resume, report=False)
 
 AGREED = bytes(range(32))
 SESSION = b"session of tests"

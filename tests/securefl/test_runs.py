@@ -7,6 +7,8 @@ import importlib.resources
 import json
 import os
 import re
+import select
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -42,7 +44,9 @@ def demo(*overrides: str) -> Experiment:
     return config.parse(text, overrides, origin="demo.toml")
 
 
-bare_run = partial(run, report=False)  # a report's plots take most of a short run's time
+# A report's plots take most of a short run's time.
+bare_run = partial(run, report=False)
+bare_resume = partial(resume, report=False)
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -452,7 +456,7 @@ def test_declared_weights_count_only_those_who_contributed(small, tmp_path):
 
         return losing
 
-    done = run(experiment, tmp_path / "run", exchange=lose)
+    done = bare_run(experiment, tmp_path / "run", exchange=lose)
     expected = (made["site-1"][1] + 9 * made["site-3"][1]) / 10
     names = models.layout(models.build(experiment.model, (30,), 2, 0)).names
     found = np.concatenate([weights(done.directory)[name].ravel() for name in names])
@@ -512,7 +516,7 @@ def test_a_plan_that_cannot_be_met_leaves_no_file(small, private, tmp_path):
 
 
 def test_a_run_is_never_written_over_another(small, tmp_path):
-    run(small("rounds=1"), tmp_path / "run")
+    bare_run(small("rounds=1"), tmp_path / "run")
     before = (tmp_path / "run" / "summary.json").read_bytes()
     with pytest.raises(ConfigurationError, match="holds a run already"):
         run(small("rounds=2"), tmp_path / "run")
@@ -526,6 +530,10 @@ def test_a_report_may_be_left_out_and_made_later(small, private, tmp_path):
     folder = bare_run(small(*private, "rounds=1"), tmp_path / "run").directory
     assert (folder / "summary.json").exists()
     assert not (folder / "report.html").exists()
+    resumed = tmp_path / "resumed"
+    interrupted(small("rounds=2"), resumed, 1)
+    assert bare_resume(resumed).summary.rounds == 2
+    assert not (resumed / "report.html").exists()
     assert write_report(folder).read_text().startswith("<!DOCTYPE html>")
 
 
@@ -595,7 +603,7 @@ def test_what_is_not_private_says_so_everywhere(small, private, tmp_path, plan, 
 
 def test_a_new_run_goes_to_runs_and_latest_points_at_the_newest(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second = (run(small("rounds=1")).directory for _ in range(2))
+    first, second = (bare_run(small("rounds=1")).directory for _ in range(2))
     assert first != second
     assert first.parent == second.parent == Path("runs")
     assert first.name.startswith("small-")
@@ -663,9 +671,12 @@ def test_nothing_secret_is_in_the_run_directory(small, private, tmp_path, monkey
         for path, data in files.items():
             assert secret not in data, path
             assert secret.hex().encode() not in data.lower(), path
+    crossed = crossings(folder / "transcript")
     for share in own_shares:
         told = {path for path, data in files.items() if share in data}
-        assert all("-unmask-" in path.name and "-up-" in path.name for path in told)
+        assert told <= {folder / "transcript" / "messages.bin"}
+        shown = {(item.phase, item.direction) for item in crossed if share in item.data}
+        assert shown == ({("unmask", "up")} if told else set())
 
 
 @HIDING
@@ -698,7 +709,7 @@ def test_a_transcript_holds_exactly_what_crossed_the_wires_of_consenting_sites(s
     consent = {"site-1", "site-3"}
     consenting = "transcript.consent=['site-1', 'site-3']"
     experiment = small("protocol.name=masked-bfv", "rounds=2", consenting)
-    folder = run(experiment, tmp_path / "run", exchange=watch).directory / "transcript"
+    folder = bare_run(experiment, tmp_path / "run", exchange=watch).directory / "transcript"
     index = [json.loads(x) for x in (folder / "index.jsonl").read_text().splitlines()]
     bytes_ = (folder / "messages.bin").read_bytes()
     told = [
@@ -711,7 +722,7 @@ def test_a_transcript_holds_exactly_what_crossed_the_wires_of_consenting_sites(s
 
 
 def test_without_consent_nothing_is_recorded(small, tmp_path):
-    assert not (run(small("rounds=1"), tmp_path / "run").directory / "transcript").exists()
+    assert not (bare_run(small("rounds=1"), tmp_path / "run").directory / "transcript").exists()
 
 
 def test_a_transcript_records_an_active_servers_garbage_too(small, tmp_path):
@@ -719,7 +730,7 @@ def test_a_transcript_records_an_active_servers_garbage_too(small, tmp_path):
         return lambda phase, messages: exchange(phase, {**messages, "site-2": b"garbage"})
 
     experiment = small("rounds=1", "transcript.consent=['site-2']")
-    done = run(experiment, tmp_path / "run", exchange=active)
+    done = bare_run(experiment, tmp_path / "run", exchange=active)
     (record,) = read_history(done.directory).rounds
     assert record.survivors == ("site-1", "site-3")
     recorded = crossings(done.directory / "transcript")
@@ -755,7 +766,7 @@ def interrupted(experiment: Experiment, folder: Path, rounds: int) -> None:
                 raise StopError
 
     with pytest.raises(StopError):
-        run(experiment, folder, progress=Stopping())
+        bare_run(experiment, folder, progress=Stopping())
 
 
 def finished_well(folder: Path, whole: Path, rounds: int) -> None:
@@ -771,7 +782,7 @@ def finished_well(folder: Path, whole: Path, rounds: int) -> None:
     assert set(missing) <= set(history.summary.aborted_rounds)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def seeded(small, private):
     """Six private rounds of the seeded, not private mode."""
     return small(
@@ -784,6 +795,23 @@ def seeded(small, private):
         "aggregation.average_from=3",
         "pruning.sparsity=0.5",
     )
+
+
+@pytest.fixture(scope="session")
+def whole(seeded, tmp_path_factory):
+    """The directory of such a run that nothing interrupted; only read. The server has the model."""
+    return bare_run(seeded, tmp_path_factory.mktemp("seeded") / "whole").directory
+
+
+@pytest.fixture(scope="session")
+def cut(seeded, tmp_path_factory):
+    """By who holds the model: the directory of such a run that stopped after three rounds."""
+    found = {}
+    for reveal in ("server", "sites"):
+        chosen = seeded.protocol.model_copy(update={"reveal": reveal})
+        found[reveal] = tmp_path_factory.mktemp("cut") / reveal
+        interrupted(seeded.model_copy(update={"protocol": chosen}), found[reveal], 3)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -803,21 +831,17 @@ def seeded(small, private):
     ids=["nothing", "torn metrics", "newest checkpoint", "partial", "partial summary"],
 )
 @pytest.mark.parametrize("reveal", ["server", "sites"])
-def test_an_interrupted_run_goes_on_from_what_is_whole(seeded, tmp_path, damage, reveal):
-    whole = run(seeded, tmp_path / "whole")
-    chosen = seeded.protocol.model_copy(update={"reveal": reveal})
-    seeded = seeded.model_copy(update={"protocol": chosen})
-    folder = tmp_path / "run"
-    interrupted(seeded, folder, 3)
+def test_an_interrupted_run_goes_on_from_what_is_whole(whole, cut, tmp_path, damage, reveal):
+    folder = Path(shutil.copytree(cut[reveal], tmp_path / "run"))
     spent = read_history(folder).rounds[-1].epsilon
     damage(folder)
-    done = resume(folder)
-    finished_well(folder, whole.directory, 6)
+    done = bare_resume(folder)
+    finished_well(folder, whole, 6)
     assert all(done.summary.epsilon[site] > spent[site] for site in spent)
 
 
-def test_a_run_that_lost_its_records_is_not_continued_as_if_it_were_whole(seeded, tmp_path):
-    interrupted(seeded, tmp_path / "run", 3)
+def test_a_run_that_lost_its_records_is_not_continued_as_if_it_were_whole(cut, tmp_path):
+    shutil.copytree(cut["server"], tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(CorruptStoreError, match=r"metrics\.jsonl lacks 2 of 3 finished rounds"):
         resume(tmp_path / "run")
@@ -829,7 +853,7 @@ def test_a_torn_transcript_index_is_whole_again_after_resuming(small, tmp_path):
     interrupted(experiment, folder, 2)
     index = folder / "transcript" / "index.jsonl"
     index.write_bytes(index.read_bytes()[:-10])
-    resume(folder)
+    bare_resume(folder)
     entries = [json.loads(x) for x in index.read_text().splitlines()]
     assert {x["round"] for x in entries} == {1, 2, 3, 4}
 
@@ -842,7 +866,7 @@ def test_a_relative_data_path_holds_when_resuming_from_elsewhere(line, tmp_path,
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert resume(tmp_path / "runs" / "one").summary.rounds == 4
+    assert bare_resume(tmp_path / "runs" / "one").summary.rounds == 4
 
 
 def test_a_run_that_failed_can_be_resumed(small, tmp_path):
@@ -854,29 +878,28 @@ def test_a_run_that_failed_can_be_resumed(small, tmp_path):
         return lost
 
     with pytest.raises(RunFailedError, match="3 rounds in a row"):
-        run(small(), tmp_path / "run", exchange=silent)
+        bare_run(small(), tmp_path / "run", exchange=silent)
     assert not (tmp_path / "run" / "summary.json").exists()
     done = resume(tmp_path / "run")
     assert done.summary.rounds == 4
+    assert (tmp_path / "run" / "report.html").exists()
     assert done.summary.aborted_rounds == (3, 4, 5)
     assert [r.round for r in read_history(done.directory).rounds] == [1, 2, 6, 7]
 
 
 # A process that starts a run, or resumes it, again and again in children that are killed. A child
-# logs every noised vector it computes, so that charges can be counted against them.
+# logs every noised vector it computes, so that charges can be counted against them. A line of input
+# is a run: its directory, its experiment, the log and a seed.
 KILLED = """
-import os, random, signal, sys, time, traceback
+import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 import opacus
 from securefl import config, runs, simulation
 from securefl.privacy import training
-import securefl.report
 
 torch.set_num_threads(1)
-folder, file, log, seed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-experiment, rng = config.load(file), random.Random(seed)
-simulation.assemble(experiment)  # what every child would load and calibrate again
+torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the first one loads torch's compiler
 
 def logged(real):
     def logging(self, *arguments):
@@ -905,9 +928,9 @@ def attempt(fsync=None, delay=None):
             if fsync is not None:
                 die_at(fsync)
             if (folder / "experiment.toml").exists():
-                runs.resume(folder)
+                runs.resume(folder, report=False)
             else:
-                runs.run(experiment, folder)
+                runs.run(experiment, folder, report=False)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -917,13 +940,54 @@ def attempt(fsync=None, delay=None):
         os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
 
-kills = 0
-for _ in range(5):  # at a write to disk, in the middle of making it durable
-    kills += attempt(fsync=rng.randint(1, 25)) == signal.SIGKILL
-for _ in range(3):  # at any instant
-    kills += attempt(delay=rng.uniform(0, 0.5)) == signal.SIGKILL
-print(attempt(), kills)
+for line in sys.stdin:
+    folder, file, log, seed = json.loads(line)
+    folder, experiment, rng = Path(folder), config.load(Path(file)), random.Random(seed)
+    simulation.assemble(experiment)  # what every child would load and calibrate again
+    kills = 0
+    for _ in range(5):  # at a write to disk, in the middle of making it durable
+        kills += attempt(fsync=rng.randint(1, 25)) == signal.SIGKILL
+    for _ in range(3):  # at any instant
+        kills += attempt(delay=rng.uniform(0, 0.5)) == signal.SIGKILL
+    print(attempt(), kills, flush=True)
 """
+
+
+class Killer:
+    """That process: it loads what a run needs once, for every run that it kills."""
+
+    def __init__(self, errors: Path) -> None:
+        self.errors = errors
+        with errors.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", KILLED],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
+
+    def kill(self, folder: Path, file: Path, log: Path, seed: int, seconds: float) -> int:
+        """How often the run in `folder` was killed before it came to its end."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        line = json.dumps([str(folder), str(file), str(log), seed])
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        assert ready, f"not within {seconds:g} s: {self.errors.read_text()}"
+        told = self.process.stdout.readline()
+        assert told, self.errors.read_text()
+        status, kills = map(int, told.split())
+        assert status == 0, self.errors.read_text()
+        return kills
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory):
+    made = Killer(tmp_path_factory.mktemp("killer") / "errors")
+    yield made
+    made.process.kill()
+    made.process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -938,36 +1002,21 @@ print(attempt(), kills)
     ],
 )
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
-    seeded, tmp_path, protocol, reveal, noise, seed, workers
+    seeded, whole, killer, tmp_path, protocol, reveal, noise, seed, workers
 ):
     privacy = seeded.privacy.model_copy(update={"noise": noise})
     seeded = seeded.model_copy(update={"privacy": privacy})
     chosen = seeded.protocol.model_copy(update={"name": protocol})
     seeded = seeded.model_copy(update={"protocol": chosen})
-    whole = run(seeded, tmp_path / "whole").directory  # there the server holds the model
+    if noise == "distributed":  # else it is the same under every protocol
+        whole = bare_run(seeded, tmp_path / "whole").directory
     chosen = chosen.model_copy(update={"reveal": reveal})
     engine = seeded.engine.model_copy(update={"workers": workers})
     seeded = seeded.model_copy(update={"protocol": chosen, "engine": engine})
     folder, log = tmp_path / "run", tmp_path / "vectors"
     (tmp_path / "trial.toml").write_text(seeded.dump())
-    out = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILLED,
-            str(folder),
-            str(tmp_path / "trial.toml"),
-            str(log),
-            str(seed),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600 if workers else 120,
-        check=True,
-    )
-    status, kills = map(int, out.stdout.split())
-    assert status == 0, out.stderr
-    assert kills >= 3
+    seconds = 600.0 if workers else 120.0
+    assert killer.kill(folder, tmp_path / "trial.toml", log, seed, seconds) >= 3
     finished_well(folder, whole, 6)
     history = read_history(folder)
     plan = simulation.assemble(seeded).plan

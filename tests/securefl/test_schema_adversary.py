@@ -474,7 +474,7 @@ def test_an_evaluation_that_a_crash_cut_short_is_made_again(files, tmp_path):
     cut_run(files, tmp_path / "run")
     kept = tmp_path / "run" / "evaluations.jsonl"
     kept.write_bytes(kept.read_bytes()[:-20])
-    done = runs.resume(tmp_path / "run")
+    done = runs.resume(tmp_path / "run", report=False)
     updates = [json.loads(line)["update"] for line in kept.read_text().splitlines()]
     assert updates == [1, 2]
     assert "test_accuracy" in done.summary.metric
@@ -499,7 +499,7 @@ def test_a_run_goes_on_with_what_its_rounds_were_trained_with_or_not_at_all(
         kept.write_text(json.dumps(tree))
     before = {path: path.read_bytes() for path in folder.glob("sites/*/site.json")}
     with pytest.raises(CorruptStoreError, match=r"preprocessing\.json"):
-        runs.resume(folder)
+        runs.resume(folder, report=False)
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -515,7 +515,7 @@ def test_a_line_is_added_after_whole_lines_only(tmp_path_factory, found):
 
 def test_a_model_whose_parts_are_of_different_runs_is_one_line(files, tmp_path):
     cut_run(files, tmp_path / "run")
-    done = runs.resume(tmp_path / "run").directory
+    done = runs.resume(tmp_path / "run", report=False).directory
     path = done / "model.json"
     told = json.loads(path.read_text())
     data = files.data.path.parent / "x.csv"

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from protocols import bitpacking
 from protocols.catalogue import PROTOCOLS
 from protocols.messages import Begin
 from protocols.rounds import make_identities
-from securefl import agreement, data, models, simulation, store
+from securefl import agreement, data, models, runs, simulation, store
 from securefl.algorithms import server_rule
 from securefl.config import ConfigurationError, Experiment
 from securefl.data import Frame
@@ -25,10 +26,14 @@ from securefl.engines import Exchange, inprocess
 from securefl.messages import Answer, Refusal, Request, Task, parse_reply
 from securefl.preprocessing import Fitted, FittedNumber
 from securefl.records import EvaluationRecord, read_history
-from securefl.runs import RunFailedError, resume, run
+from securefl.runs import RunFailedError
 from securefl.server import BudgetsSpentError, Server
 from securefl.state import GlobalState, first_state
 from securefl.store import CorruptStoreError, SiteStore
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
+resume = partial(runs.resume, report=False)
 
 SESSION = b"session of tests"
 SITES = ("east", "north", "south")
@@ -137,7 +142,7 @@ def test_a_run_that_is_cut_in_any_phase_goes_on_and_charges_every_attempt(
     experiment = clinic().experiment(*private, "rounds=2", "protocol.name=secagg")
     folder = tmp_path / "run"
     with pytest.raises(Cut):
-        run(experiment, folder, exchange=cut_at(kind, phase, after=after), report=False)
+        run(experiment, folder, exchange=cut_at(kind, phase, after=after))
     kept = folder / "preprocessing.json"
     before = kept.read_bytes() if kept.exists() else b""
     assert (before != b"") == (kind != "fit")
@@ -173,7 +178,7 @@ def test_what_was_fitted_for_another_experiment_is_not_trained_on(clinic, tmp_pa
     with pytest.raises(ConfigurationError, match="was changed after the run began"):
         resume(folder)
     path.write_text(text)
-    assert resume(folder).summary.rounds == 3
+    assert runs.resume(folder).summary.rounds == 3  # with its report
 
 
 @pytest.mark.parametrize("name", ["preprocessing.json", "evaluations.jsonl"])
@@ -207,7 +212,7 @@ def test_a_site_that_falls_out_of_a_sum_is_left_out_of_it(clinic, drawn, tmp_pat
         return None if lost and late else request
 
     folder = tmp_path / "run"
-    done = run(experiment, folder, exchange=altering(losing), report=False)
+    done = run(experiment, folder, exchange=altering(losing))
     assert done.summary.aborted_rounds == ()
     # Who falls out after its upload is in the sum.
     out = ("north",) if phase != "confirm" else ()
@@ -355,13 +360,13 @@ def test_one_site_that_is_told_of_another_task_spoils_the_round_and_no_more(
 
     folder = tmp_path / "run"
     if kind == "evaluate":  # a run ends well without figures
-        done = run(experiment, folder, exchange=altering(lying), report=False)
+        done = run(experiment, folder, exchange=altering(lying))
         assert evaluations(folder) == []
         assert "has no test figures" in " ".join(done.summary.outside_guarantee)
         assert not any(name.startswith("test_") for name in done.summary.metric)
         return
     with pytest.raises(RunFailedError, match="3 rounds in a row were aborted"):
-        run(experiment, folder, exchange=altering(lying), report=False)
+        run(experiment, folder, exchange=altering(lying))
     assert (folder / "preprocessing.json").exists() == (kind == "train")
     assert not (folder / "model.safetensors").exists()
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from securefl import schema
+from securefl import runs, schema
 from securefl.config import Experiment
 from securefl.preprocessing import Preprocessor
 from securefl.privacy.ledger import Charged, Ledger
 from securefl.privacy.training import Trainer
 from securefl.records import EVALUATIONS, EvaluationRecord, read_history
-from securefl.runs import RunFailedError, resume, run
+from securefl.runs import RunFailedError
 from securefl.site_folder import LEDGER, make_key
 from securefl.store import SiteStore, whole_lines
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
+resume = partial(runs.resume, report=False)
 
 SITES = ("east", "north", "south")
 KINDS = ("fit", "train", "evaluate")
@@ -79,7 +84,7 @@ def _names() -> list[str]:
 
 def test_the_ledger_has_every_release_and_stays_within_the_budget(own, trial, tmp_path):
     experiment = trial("rounds=4", "evaluation.every=2")
-    done = run(experiment, tmp_path / "run", sites=own.folder, report=False)
+    done = run(experiment, tmp_path / "run", sites=own.folder)
     assert done.summary.private
     (only,) = done.summary.outside_guarantee
     assert "read the folders of all sites" in only
@@ -141,7 +146,7 @@ def test_where_earlier_runs_spent_the_budget_no_row_is_read_for_statistics(
 ):
     for site in SITES:
         own.write(site, epsilon=8.0)
-    run(trial("rounds=6"), tmp_path / "first", sites=own.folder, report=False)
+    run(trial("rounds=6"), tmp_path / "first", sites=own.folder)
     read: list[str] = []
 
     def watched(kind: type, name: str) -> None:
@@ -158,7 +163,7 @@ def test_where_earlier_runs_spent_the_budget_no_row_is_read_for_statistics(
     watched(Trainer, "update")
     again = trial("rounds=6", "privacy.epsilon=8", "preprocessing.share=0.95")
     with pytest.raises(RunFailedError, match="too few sites have budget left for statistics"):
-        run(again, tmp_path / "second", sites=own.folder, report=False)
+        run(again, tmp_path / "second", sites=own.folder)
     assert read == []
     for site in SITES:
         with own.ledger(site) as ledger:
@@ -175,7 +180,7 @@ def test_a_site_whose_schema_differs_says_where_and_the_others_go_on(own, trial,
     for site in SITES:
         own.write(site, policy="minimum_cohort = 2\nminimum_colluding_sites = 0\n")
     experiment = trial("protocol.colluding_sites=0", "protocol.minimum_cohort=2")
-    done = run(experiment, tmp_path / "run", sites=own.folder, report=False)
+    done = run(experiment, tmp_path / "run", sites=own.folder)
     for record in read_history(done.directory).rounds:
         assert record.survivors == ("east", "south")
         assert set(record.dropouts) == {"north"}
@@ -218,7 +223,7 @@ def test_a_description_is_no_difference(own, trial, tmp_path):
     path = own.folder / "south" / "own.toml"
     text = 'unit = "years"\ndescription = "in whole years, when admitted"'
     path.write_text(path.read_text().replace('unit = "years"', text))
-    done = run(trial("rounds=1"), tmp_path / "run", sites=own.folder, report=False)
+    done = run(trial("rounds=1"), tmp_path / "run", sites=own.folder)
     assert done.summary.rounds == 1
 
 

@@ -188,20 +188,32 @@ def test_agree_refuses_without_a_terminal_unless_told_yes(command: Any, north: P
     assert Consents(north).given(asked, bytes(16))
 
 
-@pytest.mark.parametrize(("answer", "status"), [(b"y\n", 0), (b"\n", 1)])
-def test_agree_asks_a_person_on_a_terminal(north: Path, answer: bytes, status: int) -> None:
+TWICE = """
+import sys
+from pathlib import Path
+from securefl.cli import main
+for _ in range(2):
+    try:
+        main()
+    except SystemExit as end:
+        print(f"<{end.code or 0} {Path(sys.argv[5], 'consents').exists()}>", flush=True)
+"""
+
+
+def test_agree_asks_a_person_on_a_terminal_and_nothing_typed_is_no(north: Path) -> None:
+    """The command twice in one process, which takes seconds to start: "", then "y"."""
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "securefl.cli", "site", "agree", "trial.toml", "--site"]
+    command = [sys.executable, "-c", TWICE, "site", "agree", "trial.toml"]
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb"}
     with subprocess.Popen(
-        [*command, north, *ASKED, "--by", "A. Person"],
+        [*command, "--site", north, *ASKED, "--by", "A. Person"],
         stdin=follower,
         stdout=follower,
         stderr=follower,
         env=environment,
     ) as process:
         os.close(follower)
-        os.write(leader, answer)
+        os.write(leader, b"\ny\n")
         shown = b""
         while True:
             try:
@@ -211,11 +223,15 @@ def test_agree_asks_a_person_on_a_terminal(north: Path, answer: bytes, status: i
             if not read:
                 break
             shown += read
-        assert process.wait() == status
+        assert process.wait() == 0
     os.close(leader)
-    assert b"What north is asked to agree to" in shown
-    assert b"Does A. Person agree to one such run?" in shown
-    assert (north / "consents").exists() is (status == 0)
+    refused, agreed, rest = re.split(rb"<\d \w+>", shown)
+    assert re.findall(rb"<(\d \w+)>", shown) == [b"1 False", b"0 True"]
+    for asked in (refused, agreed):
+        assert b"What north is asked to agree to" in asked
+        assert b"Does A. Person agree to one such run?" in asked
+    assert b"Nothing was agreed to." in refused
+    assert not rest.strip()
 
 
 def test_help_of_site_needs_no_torch() -> None:

@@ -7,18 +7,23 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from securefl import audit_log, config
+from securefl import audit_log, config, runs
 from securefl.audit_log import LOG
 from securefl.config import ConfigurationError, Experiment
 from securefl.privacy.ledger import Charged, Head, Ledger
 from securefl.records import read_history
-from securefl.runs import RunFailedError, resume, run
+from securefl.runs import RunFailedError
 from securefl.site_folder import LEDGER, make_key, open_ledger, read_key
 from securefl.store import SiteStore
+
+# A report's plots take most of a short run's time, and are told of elsewhere (test_runs).
+run = partial(runs.run, report=False)
+resume = partial(runs.resume, report=False)
 
 NAMES = ("site-1", "site-2", "site-3")
 
@@ -53,10 +58,10 @@ def trial(small, private) -> Callable[..., Experiment]:
     return lambda *more: small("protocol.name=secagg", "rounds=3", *private, *more)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [(0, 0), (2, 1)], ids=["in process", "in workers"])
 def test_ledgers_add_up_over_runs_and_stop_a_site_for_good(trial, folders, tmp_path, workers):
     own = folders(7.0)
-    experiment = trial("privacy.epsilon=1.5", f"engine.workers={workers}")
+    experiment = trial("privacy.epsilon=1.5", f"engine.workers={workers[0]}")
     first = run(experiment, tmp_path / "first", sites=own)
     assert first.summary.rounds == 3
     spent = []
@@ -66,12 +71,12 @@ def test_ledgers_add_up_over_runs_and_stop_a_site_for_good(trial, folders, tmp_p
             assert [r.charged for r in ledger.standing("rows").runs] == [3]
             assert set(ledger.kept()) == set(NAMES) - {name}
     second = run(
-        trial("rounds=60", "privacy.epsilon=6.5", f"engine.workers={workers}"),
+        trial("rounds=20", "privacy.epsilon=6.5", f"engine.workers={workers[1]}"),
         tmp_path / "second",
         sites=own,
     )
     assert second.summary.stopped == "privacy budget spent"
-    assert 0 < second.summary.rounds < 60
+    assert 0 < second.summary.rounds < 20
     for name, before in zip(NAMES, spent, strict=True):
         with book(own, name) as ledger:
             assert before < ledger.epsilon("rows") <= 7.0
@@ -124,7 +129,7 @@ def test_a_run_that_was_cut_goes_on_under_the_same_name_in_the_ledgers(trial, fo
 
     with pytest.raises(Cut):
         run(trial(), tmp_path / "run", sites=own, progress=Cutting())
-    done = resume(tmp_path / "run")
+    done = runs.resume(tmp_path / "run")  # with its report
     assert done.summary.rounds == 3
     assert done.summary.aborted_rounds == (2,)
     for name in NAMES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,9 +60,17 @@ class Nobody:
         return {}
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A server's kit that no test changes: keys of RSA-3072 take a while to make."""
+    folder = tmp_path_factory.mktemp("made") / "trial"
+    return Consortium.new(folder, "localhost:1", SITES).kit("server")
+
+
 @pytest.fixture
-def kit(tmp_path: Path) -> Path:
-    return Consortium.new(tmp_path / "trial", "localhost:1", SITES).kit("server")
+def kit(made: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(made, tmp_path / "server"))
 
 
 def test_a_run_whose_sites_are_gone_waits_for_them(kit: Path) -> None:
