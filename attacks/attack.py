@@ -17,9 +17,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, final
 
 import msgspec
@@ -64,6 +66,15 @@ class AttackResult:
     seed: int
 
     def __post_init__(self) -> None:
+        # numpy's own numbers would not be written to JSON.
+        for name, kind in (("value", float), ("baseline", float), ("n", int), ("seed", int)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        if self.interval is not None:
+            told = self.interval
+            ends = float(told.low), float(told.high)
+            object.__setattr__(self, "interval", Interval(*ends, told.confidence, told.method))
+
+    def __post_init__(self) -> None:
         # JSON has no other numbers: an audit.json that holds them is never read again.
         if not (math.isfinite(self.value) and math.isfinite(self.baseline)):
             raise ValueError(f"{self.metric} = {self.value} ({self.baseline}): give finite numbers")
@@ -88,7 +99,6 @@ class Score:
     succeeded: whether the adversary found out more than one who saw nothing, as the results' own
     confidence has it. p: how likely evidence at least as strong is if the claim under attack were
     true; None where it tests no claim. limit: in one sentence, the least that it would have shown.
-    verdict: "proved" only where an argument, and not this evidence, excludes the attack.
     """
 
     results: tuple[AttackResult, ...]
@@ -101,8 +111,11 @@ class Score:
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("a score has at least one result")
-        if self.p is not None and not 0 <= self.p <= 1:
-            raise ValueError(f"p = {self.p}: use 0 to 1")
+        object.__setattr__(self, "succeeded", bool(self.succeeded))
+        if self.p is not None:
+            object.__setattr__(self, "p", float(self.p))
+            if not 0 <= self.p <= 1:
+                raise ValueError(f"p = {self.p}: use 0 to 1")
 
 
 @final
@@ -283,8 +296,11 @@ def guess(
 
 
 def one_line(error: Exception) -> str:
-    """An error in one line, without what a terminal would obey: an attack may say anything."""
-    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+    """An error in one line, and where it arose, without what a terminal would obey: an attack may
+    say anything."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" (at {Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:450] + where
 
 
 def send(stream: Any, data: bytes) -> None:

@@ -129,7 +129,11 @@ class Audit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     version: Literal[1] = 1
     run: str
+    directory: str
+    """The name of the run's directory."""
     protocol: str
+    unit: str | None
+    """What the plan protects: a record, a person, a site; None without a plan."""
     sites: tuple[str, ...]
     auditing: tuple[str, ...]
     """The sites whose records were at hand."""
@@ -148,6 +152,10 @@ class Audit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     rows: tuple[Row, ...]
     alarms: tuple[str, ...]
     """The attacks that contradict a claim."""
+    broken: tuple[str, ...]
+    """Those that succeed, and nothing is claimed against them."""
+    left_out: tuple[str, ...]
+    """Those that are installed, and were left out by choice."""
     unseen: tuple[str, ...]
     """What no attack here could have seen, in sentences."""
     seconds: float
@@ -202,6 +210,8 @@ def assess(
         for guessed, world in zip(guesses, worlds, strict=True)
     ]
     found, undefended, no_signal = scores
+    if found.results[0].n == 0:
+        return msgspec.structs.replace(row, reason=f"there was nothing to try it on ({found.limit})")
     verdict: Verdict = "this attack fails"
     reason = ""
     if not undefended.succeeded:
@@ -299,6 +309,8 @@ def audit(
     summary = case.summary
     return Audit(
         run=summary.name,
+        directory=case.folder.resolve().name,
+        unit=case.experiment.privacy.unit if case.experiment.privacy else None,
         protocol=summary.protocol,
         sites=summary.sites,
         auditing=auditing,
@@ -314,6 +326,8 @@ def audit(
         hashes=read,
         rows=rows,
         alarms=tuple(row.attack for row in rows if row.verdict == "contradicted"),
+        broken=tuple(row.attack for row in rows if row.verdict == "broken"),
+        left_out=tuple(name for name in attacks.installed() if name not in chosen),
         unseen=unseen(case),
         seconds=round(time.perf_counter() - started, 1),
     )

@@ -627,10 +627,13 @@ def score(guess: Guessed, truth: Coins, seed: int) -> Score:
             f"Judged together and site by site, {len(groups)} times; all figures are corrected for "
             "that."
         ]
-    limit = f"{m} canaries, every coin guessed, would have shown epsilon >= {total.audit.limit:.2f}"
+    limit = f"with every coin guessed right the lower bound would be {total.audit.limit:.2f}"
     least = [one.least for one in judged if one.least is not None]
     if least:
-        limit += f", and p = {min(1.0, len(groups) * min(least)):.2g} for the claim"
+        limit += (
+            f", and p of the claim, which counts the plan's whole account, "
+            f"{min(1.0, len(groups) * min(least)):.2g}"
+        )
     return Score(
         results=tuple(results),
         succeeded=nothing <= 0.01,

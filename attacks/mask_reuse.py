@@ -311,7 +311,7 @@ def score(guess: Repeats, truth: Contributions, seed: int) -> Score:
     if guess.repeated_seeds:
         p = 0.0
     results = (
-        AttackResult("p of fresh masks", p, None, 1.0, guess.compared, seed),
+        AttackResult("masks used twice", float(p < SURE), None, 0.0, guess.compared, seed),
         AttackResult("difference of two updates read", right, None, 0.0, 1, seed),
         AttackResult(
             "ciphertext seeds seen before",

@@ -210,12 +210,15 @@ def claim(experiment: Experiment) -> Claim:
             "nothing",
             made=False,
         )
-    what = {"record": "any one record", "person": "any one person", "site": "any one site"}
+    assumed = {
+        "record": "one record is protected: of a person with several, the epsilons add up",
+        "person": "all records of one person are protected: a relative's may still tell of them",
+        "site": "all that a site contributes is protected, and with it each of its records",
+    }
     return Claim(
-        f"what the model tells of {what[privacy.unit]} is bounded by epsilon = "
-        f"{privacy.epsilon:g}, delta = {privacy.delta:g}",
-        "who is protected is all of one person's records: another's may still tell of them, as a "
-        "relative's do",
+        f"what the model tells of any one {privacy.unit} is bounded by an epsilon of at most "
+        f"{privacy.epsilon:g} at delta {privacy.delta:g}",
+        assumed[privacy.unit],
     )
 
 
@@ -228,13 +231,13 @@ def score(guess: Scores, truth: Members, seed: int) -> Score:
     if scores.shape != truth.member.shape:
         raise ValueError(f"{scores.shape} scores of {truth.member.shape} candidates: one each")
     roc = Roc.of(np.nan_to_num(scores, nan=-np.inf), truth.member)
-    results = [AttackResult("AUC", roc.auc, roc.auc_interval(), 0.5, len(scores), seed)]
-    notes = [*truth.notes, *guess.notes, f"candidates were shuffled with seed {truth.seed}"]
     strict = 1 - (1 - CONFIDENCE) / _KINDS
+    results = [AttackResult("AUC", roc.auc, roc.auc_interval(strict), 0.5, len(scores), seed)]
+    notes = [*truth.notes, *guess.notes, f"candidates were shuffled with seed {truth.seed}"]
     found = roc.auc_interval(strict).low > 0.5
     for rate in RATES:
         try:
-            at = roc.tpr_at(rate)
+            at = roc.tpr_at(rate, strict)
         except TooFewError as error:
             notes.append(str(error))
             continue

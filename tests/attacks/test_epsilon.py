@@ -304,7 +304,7 @@ def test_a_score_says_what_it_could_have_shown_and_names_the_estimate_so():
     coins = {"a": rng.random(100) < 0.5}
     scores = Guessed({"a": (coins["a"] + rng.normal(size=100)).tolist()})
     score = epsilon.score(scores, Coins(coins, epsilon.Promised(3.0, 1e-5), False, "nobody"), 0)
-    assert "every coin guessed, would have shown epsilon >= 3." in score.limit
+    assert "with every coin guessed right the lower bound would be 3." in score.limit
     assert "for the claim" in score.limit
     names = [result.metric for result in score.results]
     assert names[:2] == ["epsilon, lower bound at 95 %", "epsilon, as claimed"]
