@@ -73,8 +73,6 @@ class AttackResult:
             told = self.interval
             ends = float(told.low), float(told.high)
             object.__setattr__(self, "interval", Interval(*ends, told.confidence, told.method))
-
-    def __post_init__(self) -> None:
         # JSON has no other numbers: an audit.json that holds them is never read again.
         if not (math.isfinite(self.value) and math.isfinite(self.baseline)):
             raise ValueError(f"{self.metric} = {self.value} ({self.baseline}): give finite numbers")

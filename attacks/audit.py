@@ -211,7 +211,9 @@ def assess(
     ]
     found, undefended, no_signal = scores
     if found.results[0].n == 0:
-        return msgspec.structs.replace(row, reason=f"there was nothing to try it on ({found.limit})")
+        return msgspec.structs.replace(
+            row, reason=f"there was nothing to try it on ({found.limit})"
+        )
     verdict: Verdict = "this attack fails"
     reason = ""
     if not undefended.succeeded:
@@ -501,7 +503,7 @@ def hashes(case: Case) -> Hashes:
         policies={site: _sha256(path.read_bytes()) for site, path in _policies(case).items()},
         ledgers=case.ledger_heads(),
         code=_code(),
-        evidence=_evidence(case.folder),
+        evidence=_evidence(case),
     )
 
 
@@ -524,16 +526,18 @@ def _code() -> str:
     return total.hexdigest()
 
 
-def _evidence(folder: Path) -> str:
+def _evidence(case: Case) -> str:
     """Over every file of the run that an attack may read, by name."""
-    total = hashlib.sha256()
+    total, folder = hashlib.sha256(), case.folder
     names = ["summary.json", "metrics.jsonl", "model.safetensors", "model.json"]
-    parts = [folder / name for name in names]
-    for inner in (folder / TRANSCRIPT, *sorted((folder / "sites").glob("*/own"))):
-        parts += sorted(path for path in inner.rglob("*") if path.is_file())
-    for path in parts:
+    parts = {name: folder / name for name in names}
+    places = {TRANSCRIPT: folder / TRANSCRIPT}
+    places |= {f"own/{site}": path for site, path in case.private_folders().items()}
+    for place, inner in places.items():
+        parts |= {f"{place}/{path.name}": path for path in inner.glob("*") if path.is_file()}
+    for name, path in sorted(parts.items()):
         if path.exists():
-            total.update(f"{path.relative_to(folder)}\0".encode())
+            total.update(f"{name}\0".encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
 

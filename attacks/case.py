@@ -41,7 +41,7 @@ from securefl.messages import Answer, parse_reply
 from securefl.preprocessing import Fitted
 from securefl.privacy.ledger import SignedHead
 from securefl.records import PREPROCESSING, SITES, History, Summary, read_history
-from securefl.site_folder import SITE
+from securefl.site_folder import SITE, private
 from securefl.store import ServerStore, SiteStore
 from securefl.transcript import TRANSCRIPT, Crossing, crossings, recording, rosters
 
@@ -193,6 +193,11 @@ class Case:
         folders = Path(told.read_text(encoding="utf-8"))
         return tuple(folders / site for site in self.sites if (folders / site / SITE).exists())
 
+    def private_folders(self) -> Mapping[str, Path]:
+        """Where each site keeps its secrets of the run, if it keeps any and they are here."""
+        found = {site: self._private(site) for site in self.sites}
+        return {site: folder for site, folder in found.items() if folder.exists()}
+
     def ledger_heads(self) -> dict[str, str]:
         """The newest head of its ledger that each site signed in an answer, hexadecimal.
 
@@ -219,10 +224,13 @@ class Case:
 
     def _private(self, site: str) -> Path:
         """The folder of what `site` keeps to itself in this run."""
-        if self.own is None:
-            return SiteStore(self.folder / "sites" / site).private
-        runs = self.own / "runs" / ServerStore(self.folder).name
-        return SiteStore(runs / "sites" / site).private
+        run = ServerStore(self.folder).name
+        if self.own is not None:
+            return private(self.own, run, site)
+        told = self.folder / SITES
+        if told.exists():
+            return private(Path(told.read_text(encoding="utf-8")) / site, run, site)
+        return SiteStore(self.folder / "sites" / site).private
 
     @property
     def auditing(self) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def audit(
 ) -> None:
     """Replay what each adversary saw in a run, attack it, and write audit.json and audit.html."""
     from attacks import report
-    from attacks.audit import AUDIT
+    from attacks.audit import AUDIT, Audit
     from attacks.audit import audit as assess_all
     from attacks.case import Case
     from securefl import store
@@ -79,6 +79,11 @@ def audit(
             "and the signatures elsewhere first"
         )
     names = list(dict.fromkeys(only)) if only else None
+    if names and (case.folder / AUDIT).exists() and not Audit.load(case.folder).left_out:
+        raise ConfigurationError(
+            f"{case.folder / AUDIT} has every attack, and one with some would replace it: move it "
+            f"elsewhere first, or try one alone, `securefl attack {names[0]} {run}`"
+        )
     with _bars() as told:
         found = assess_all(case, names, seed=seed, workers=workers, told=told)
     store.write(case.folder / AUDIT, found.to_bytes())
@@ -121,13 +126,23 @@ def attack(
             known.score(guessed, world.truth, drawn)
             for guessed, world in zip(guesses, worlds, strict=True)
         ]
+        undefended, no_signal = scores
         if output is Format.json:
-            print_json({"attack": name, "undefended": scores[0], "no_signal": scores[1]})
-            return
-        from rich.console import Console
+            worlds_told = {"undefended": undefended, "no_signal": no_signal}
+            print_json({"attack": name, "seed": drawn, **worlds_told})
+        else:
+            from rich.console import Console
 
-        for title, score in zip(("undefended", "nothing to find"), scores, strict=True):
-            Console().print(_results_table(f"{name}: {title}", score.results))
+            for title, score in (
+                ("where nothing is defended it must succeed, and it", undefended),
+                ("where there is nothing to find it must not, and it", no_signal),
+            ):
+                outcome = "succeeds" if score.succeeded else "finds nothing"
+                Console().print(_results_table(f"{name}: {title} {outcome}", score.results))
+            typer.echo(f"--seed {drawn} repeats this")
+        if not undefended.succeeded or no_signal.succeeded:
+            say(f"{name}: a control went the wrong way; of a run it would have no conclusion")
+            raise typer.Exit(1)
         return
     from attacks.audit import assess, judged
     from attacks.case import Case
@@ -144,9 +159,11 @@ def attack(
     if row.results:
         console.print(_results_table(f"{row.title} ({row.adversary})", row.results))
     console.print(f"{row.verdict}{': ' + row.reason if row.reason else ''}", markup=False)
-    for line in (row.limit, *row.notes):
+    for line in (row.limit, *row.notes, f"--seed {drawn} repeats this"):
         if line:
             console.print(line, style="dim", markup=False)
+    if row.verdict in ("no conclusion", "contradicted"):
+        raise typer.Exit(1)
 
 
 def _list(output: Format) -> None:
@@ -196,9 +213,10 @@ def _bars() -> Iterator[Told]:
     tasks: dict[str, progress.TaskID] = {}
 
     def told(name: str, fraction: float, state: str) -> None:
-        if name not in tasks:
-            tasks[name] = bars.add_task(name, total=1.0, state=state)
-        bars.update(tasks[name], completed=fraction, state=state)
+        if name not in tasks:  # it pulses until there is a fraction
+            tasks[name] = bars.add_task(name, total=None, state=state)
+        total = 1.0 if fraction else None
+        bars.update(tasks[name], completed=fraction, total=total, state=state)
 
     with bars:
         yield told
@@ -212,7 +230,7 @@ def _print(found: Audit) -> None:
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("attack", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("what it found (who sees nothing; n)")
+    table.add_column("what it found (by chance; n)")
     for row in found.rows:
         told = row.reason
         if row.results:

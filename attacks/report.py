@@ -37,32 +37,6 @@ VERDICTS: Final[Mapping[Verdict, str]] = {
 """Each verdict in words: never more than was shown."""
 
 
-WORDS: Final = (
-    ("Aggregation, sum, slot", "Sites' updates are added up and only the sum is opened. A slot is one "
-     "place in it, which carries one or several numbers."),
-    ("AUC", "The chance that a record that was trained on is ranked above one that was not: 0.5 is a "
-     "coin, 1 is certainty."),
-    ("BFV, CKKS, HE key", "Encryption under which sums can be formed without opening anything, and the "
-     "key that opens them."),
-    ("Canary", "A made-up record that a site trains on or not, by a coin that only the site knows."),
-    ("Epsilon, delta", "How much one record may change the odds of any conclusion, at most, but for a "
-     "chance of delta."),
-    ("Interval", "Where the figure would lie if the audit's own draws were repeated, at the confidence "
-     "that is named, or 95 %. The luck of shadow models is not in it."),
-    ("LiRA, RMIA", "Attacks that train shadow models, like the one attacked, with and without a record, "
-     "and ask which kind behaves as it does."),
-    ("Mask", "A random vector that hides an update and cancels in the sum."),
-    ("n", "Of how many trials a figure is: records, canaries, updates, slots or pairs, by attack."),
-    ("p", "The chance of evidence at least as strong if the claim is true. Small is bad for the claim; "
-     "without a leak every value is as likely as any other."),
-    ("Ring-LWE, X25519, HKDF, AES-256", "The problems and constructions that the encryption, keys and "
-     "masks stand on; they are assumed to be hard to break, and not tested here."),
-    ("True- and false-positive rate", "The share of trained-on records that an attack finds, and the "
-     "share of others that it takes for such."),
-)
-"""What a reader who is no cryptographer may look up."""
-
-
 def write(folder: Path, audit: Audit) -> Path:
     """Write audit.html beside audit.json; return its path."""
     path = folder / PAGE
@@ -86,7 +60,6 @@ def render(audit: Audit) -> str:
             headline=headline(audit),
             tone="bad" if audit.alarms else "warn" if audit.broken or not audit.private else "",
             number=words.number,
-            words=WORDS,
             verdicts=VERDICTS,
             guarantee=_guarantee(audit),
             chance=_share(audit.level),

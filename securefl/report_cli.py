@@ -18,7 +18,7 @@ from securefl.terminal import (
 )
 
 if TYPE_CHECKING:
-    from securefl.signing import Checked
+    from securefl.signing import Audit, Checked
 
 app = typer.Typer(
     cls=FirstByDefault,
@@ -68,7 +68,7 @@ def sign(
     name = config.load_site(folder / SITE).name
     signature = signing.sign(audit, name, read_key(folder), datetime.now(UTC), signatory)
     if output is Format.text:
-        typer.echo(f"verdict    {_verdict(audit.alarms)}; {directory / signing.PAGE} says more")
+        typer.echo(f"verdict    {_verdict(audit)}; {directory / signing.PAGE} says more")
         for file, hashed in ((signing.AUDIT, audit.findings), (signing.PAGE, audit.page)):
             typer.echo(f"{file:<11}{hashed}   SHA-256")
         typer.echo(f"signed by  {_signer(signature.site, signature.signatory)}")
@@ -118,10 +118,13 @@ def verify(
         typer.echo(f"{directory}: the audit is unchanged, and signed by {', '.join(sorted(names))}")
 
 
-def _verdict(alarms: int | None) -> str:
-    if alarms is None:
+def _verdict(audit: Audit) -> str:
+    if audit.alarms is None:
         return "audit.json does not say how many alarms there were"
-    return {0: "no alarm", 1: "1 ALARM"}.get(alarms, f"{alarms} ALARMS")
+    said = {0: "no alarm", 1: "1 ALARM"}.get(audit.alarms, f"{audit.alarms} ALARMS")
+    if audit.broken:
+        said += f"; {audit.broken} SUCCEEDED where nothing is claimed"
+    return said + (f"; PARTIAL, {audit.left_out} left out" if audit.left_out else "")
 
 
 def _signer(site: str, signatory: str) -> str:

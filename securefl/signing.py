@@ -61,12 +61,15 @@ class UnverifiedError(RuntimeError):
 class Audit:
     """What a signature covers. page, findings: SHA-256 of audit.html and audit.json, hexadecimal.
 
-    alarms: how many audit.json lists; None where it has no such list.
+    alarms: how many audit.json lists; None where it has no such list. broken: attacks that succeed
+    where nothing is claimed. left_out: attacks that were not tried, by choice.
     """
 
     findings: str
     page: str
     alarms: int | None
+    broken: int = 0
+    left_out: int = 0
 
     @classmethod
     def of(cls, run: Path) -> Audit:
@@ -82,18 +85,22 @@ class Audit:
             missing = run / (AUDIT if findings is None else PAGE)
             raise ConfigurationError(f"{missing} is not there: {again} writes it")
         try:
-            alarms = msgspec.json.decode(findings, type=_Findings).alarms
+            told = msgspec.json.decode(findings, type=_Findings)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise CorruptStoreError(
                 f"{run / AUDIT} is no audit: {error}; {again} writes it anew"
             ) from None
-        return cls(_sha256(findings), _sha256(page), None if alarms is None else len(alarms))
+        alarms = None if told.alarms is None else len(told.alarms)
+        hashes = _sha256(findings), _sha256(page)
+        return cls(*hashes, alarms, len(told.broken), len(told.left_out))
 
 
 class _Findings(msgspec.Struct, frozen=True):
-    """The one field of audit.json that is read here."""
+    """The fields of audit.json that are read here."""
 
     alarms: list[Any] | None = None
+    broken: list[Any] = []
+    left_out: list[Any] = []
 
 
 class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

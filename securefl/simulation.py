@@ -21,7 +21,7 @@ from securefl.privacy.ledger import Holding
 from securefl.privacy.plan import Plan
 from securefl.proposals import Remembering
 from securefl.site import Gate, Load
-from securefl.site_folder import SITE, open_ledger, read_key
+from securefl.site_folder import SITE, open_ledger, private, read_key
 from securefl.store import SiteStore
 
 
@@ -154,9 +154,11 @@ def client(
     folder: Path,
     holding: Holding | None = None,
     own: Path | None = None,
+    private: Path | None = None,
 ) -> Client:
-    """The client of one site, with its durable state in `folder`; own: as for `SiteStore`."""
-    return Client(experiment, identity, session, records, SiteStore(folder, own), holding)
+    """The client of one site, with its durable state in `folder`; the rest as for `SiteStore`."""
+    store = SiteStore(folder, own, private)
+    return Client(experiment, identity, session, records, store, holding)
 
 
 def gate(
@@ -204,7 +206,8 @@ def _gate(
         try:
             holding = Holding(ledger, config.load_site(folder / SITE).data.id, run.hex())
             kept = run_folder(run)
-            return client(experiment, records, identity, session, kept, holding, folder)
+            secrets = private(folder, run.hex(), identity.name)
+            return client(experiment, records, identity, session, kept, holding, folder, secrets)
         except BaseException:
             ledger.close()
             raise

@@ -632,7 +632,7 @@ delta = {delta}
 # models = ["linear", "logistic", "mlp", "cnn", "small-cnn"]
 # maximum_rounds = 1000              # spare ones included
 # maximum_local_steps = 100
-# transcript_until = 2030-12-31      # the last day of any transcript; absent: none is kept
+# transcript_until = 2030-12-31      # without a date: no transcript, no recording
 # canaries = false                   # whether it trains on made-up records for an audit, too
 # allow_not_private = false          # runs with seeded noise: tests and demonstrations only
 

@@ -18,6 +18,11 @@ KEY: Final = "site.key"
 LEDGER: Final = "ledger.sqlite"
 
 
+def private(folder: Path, run: str, site: str) -> Path:
+    """Where the site in `folder` keeps its secrets of a run (hexadecimal), if it keeps any."""
+    return folder / "runs" / run / "sites" / site / "own"
+
+
 def make_key(folder: Path) -> SigningKey:
     """Make the site's long-lived key, readable by its owner only.
 

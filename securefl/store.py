@@ -136,12 +136,14 @@ class SiteStore:
     """What a site must never forget: the rounds it was charged for and the last one it entered.
 
     Reading needs no more than the folder. Who charges binds the store first. own: where the site
-    keeps what nobody else may read; by default the same folder.
+    keeps what nobody else may read; by default the same folder. private: where its secrets of this
+    run are, if it keeps any; by default below the folder.
     """
 
-    def __init__(self, folder: Path, own: Path | None = None) -> None:
+    def __init__(self, folder: Path, own: Path | None = None, private: Path | None = None) -> None:
         self._path = folder / "site.json"
         self._own = own or folder
+        self._private = private or folder / "own"
         self._record = read(self._path, _SiteRecord) or _SiteRecord(1, 0, 0)
         self._lock: IO[str] | None = None
 
@@ -178,7 +180,7 @@ class SiteStore:
     @property
     def private(self) -> Path:
         """The folder of what is the site's own secret in this run; it need not exist."""
-        return self._path.parent / "own"
+        return self._private
 
     @property
     def models(self) -> Path:

@@ -295,16 +295,19 @@ def check_kept(folder: Path, today: date | None = None) -> None:
         )
 
 
-def delete(run: Path) -> tuple[Path, ...]:
-    """Delete the transcript in the run directory `run`, and what sites there recorded of
-    themselves: what was deleted. The coins of canaries stay."""
-    folders = (run / TRANSCRIPT, *run.glob("sites/*/own"))
+def delete(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
+    """Delete the transcript in a run's directory, and what sites recorded of themselves in it, in a
+    site's own folder, or in `others`: what was deleted. The coins of canaries stay."""
+    places = [folder / TRANSCRIPT, folder, *others]
+    places += [*folder.glob("sites/*/own"), *folder.glob("runs/*/sites/*/own")]
+    if (folder / "own").is_dir():
+        places.append(folder / "own")
     ours = (*_DATA, *_DATA.values(), ROSTERS, RETENTION)
-    found = [folder / name for folder in folders for name in ours if (folder / name).exists()]
+    found = [place / name for place in places for name in ours if (place / name).is_file()]
     for path in found:
         path.unlink()
-    if (run / TRANSCRIPT).exists() and not any((run / TRANSCRIPT).iterdir()):
-        (run / TRANSCRIPT).rmdir()
+    if (folder / TRANSCRIPT).exists() and not any((folder / TRANSCRIPT).iterdir()):
+        (folder / TRANSCRIPT).rmdir()
     return tuple(sorted(found))
 
 
