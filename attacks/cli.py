@@ -84,10 +84,12 @@ def audit(
             f"{case.folder / AUDIT} has every attack, and one with some would replace it: move it "
             f"elsewhere first, or try one alone, `securefl attack {names[0]} {run}`"
         )
-    with _bars() as told:
-        found = assess_all(case, names, seed=seed, workers=workers, told=told)
-    store.write(case.folder / AUDIT, found.to_bytes())
-    page = report.write(case.folder, found)
+    with store.exclusive(case.folder):  # else one audit's page may stand beside another's figures
+        with _bars() as told:
+            found = assess_all(case, names, seed=seed, workers=workers, told=told)
+        (case.folder / report.PAGE).unlink(missing_ok=True)
+        store.write(case.folder / AUDIT, found.to_bytes())
+        page = report.write(case.folder, found)
     if output is Format.json:
         print_json(found)
     else:
@@ -265,7 +267,7 @@ def _results_table(title: str, results: tuple[AttackResult, ...]) -> Table:
 
 
 def _exit(found: Audit) -> None:
-    """Exit status 1 where a claim is contradicted, or an attack could not be concluded."""
+    """Exit status 1 where a claim is contradicted."""
     for name in found.alarms:
         row: Row = next(row for row in found.rows if row.attack == name)
         say(f"a claim does not hold: {row.claim} ({name}: p = {row.p:.2g})")

@@ -99,6 +99,24 @@ def test_what_cannot_be_tried_says_why(recorded):
     assert not told.results
 
 
+def test_a_figure_of_nothing_is_no_verdict(monkeypatch, recorded):
+    nothing = replace(RESULT, n=0)
+    outcomes = iter([Score((nothing,), False, 1.0, "none"), scored(True), scored(False)])
+    attack = replace(traffic.ATTACK, score=lambda *_: next(outcomes))
+    monkeypatch.setattr("attacks.attack.guess", lambda *_: [None, None, None])
+    told = assess(attack, recorded, 1)
+    assert (told.verdict, told.p) == ("not assessed", None)
+    assert "nothing to try it on" in told.reason
+
+
+def test_numpys_numbers_are_written_as_numbers():
+    import numpy as np
+
+    told = AttackResult("AUC", np.float64(0.5), None, np.float32(0.5), np.int64(3), 1)
+    score = Score((told,), np.bool_(True), np.float64(0.25), "")
+    assert msgspec.json.decode(msgspec.json.encode(score))["p"] == 0.25
+
+
 # --- a whole audit -----------------------------------------------------------------------------
 
 
@@ -263,6 +281,45 @@ def test_a_folder_that_is_no_finished_run_is_refused(tmp_path, recorded):
     done = CliRunner().invoke(app, ["audit", str(folder)])
     assert done.exit_code == 2
     assert "is unfinished" in done.stderr
+
+
+def test_an_audit_of_some_attacks_is_headed_partial_and_replaces_no_whole_one(found, recorded):
+    page = report.render(found)
+    assert "Partial: " in page
+    assert "Left out by choice:" in page
+    whole = msgspec.structs.replace(found, left_out=())
+    assert "Partial" not in report.render(whole)
+    path = recorded.folder / "audit.json"
+    path.write_bytes(whole.to_bytes())
+    try:
+        done = CliRunner().invoke(app, ["audit", str(recorded.folder), "--attack", "traffic"])
+        assert done.exit_code == 2
+        assert "has every attack" in done.stderr
+        assert path.read_bytes() == whole.to_bytes()
+    finally:
+        path.unlink()
+
+
+def test_an_attack_that_succeeds_unclaimed_is_amber_and_in_the_headline(found):
+    rows = tuple(
+        msgspec.structs.replace(item, verdict="broken", made=False, level=None)
+        if item.attack == "readable"
+        else item
+        for item in found.rows
+    )
+    broken = msgspec.structs.replace(found, rows=rows, broken=("readable",))
+    assert report.headline(broken).startswith("1 attack succeeded where nothing is claimed")
+    page = report.render(broken)
+    assert 'class="claim warn"' in page
+    assert "Broken; no claim says otherwise" in page
+
+
+def test_a_control_that_goes_wrong_is_status_1(monkeypatch):
+    blind = replace(traffic.ATTACK, undefended=traffic.no_signal)
+    monkeypatch.setattr("attacks.attack.find", lambda name: blind)
+    done = CliRunner().invoke(app, ["attack", "traffic", "--seed", "1"])
+    assert done.exit_code == 1
+    assert "a control went the wrong way" in done.stderr
 
 
 def test_a_signed_audit_is_not_replaced(tmp_path, recorded):

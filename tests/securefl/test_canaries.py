@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import stat
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from attacks.attack import UnavailableError
 from attacks.case import Case
-from securefl import agreement, config, models, runs, simulation
+from securefl import agreement, config, models, runs, simulation, site_folder
 from securefl.canaries import candidates, join, read_coins, toss
 from securefl.config import ConfigurationError
 from securefl.data import Table
@@ -215,14 +214,15 @@ def test_sites_take_part_with_canaries_only_where_their_policies_permit_it(
         run(experiment, tmp_path / "refused", sites=folders(""), report=False)
     own_folders = folders("canaries = true")
     folder = run(experiment, tmp_path / "run", sites=own_folders, report=False).directory
-    tossed = read_coins(own(folder))
-    # A deployed site has its part of the run in its own folder, and audits with that alone.
-    site, name = own_folders / "site-1", ServerStore(folder).name
-    shutil.move(folder / "sites", site / "runs" / name / "sites")
-    case = Case.open(folder, own=site)
-    assert np.array_equal(case.coins("site-1"), tossed)
+    # What is a site's own is in its own folder, and nowhere in the run's directory.
+    assert not list(folder.rglob("canaries.json"))
+    site = own_folders / "site-1"
+    tossed = read_coins(site_folder.private(site, ServerStore(folder).name, "site-1"))
+    assert len(tossed) == 12
+    assert np.array_equal(Case.open(folder).coins("site-1"), tossed)
+    assert np.array_equal(Case.open(folder, own=site).coins("site-1"), tossed)
     with pytest.raises(UnavailableError, match="holds no coins"):
-        Case.open(folder).coins("site-1")
+        Case.open(folder, own=site).coins("site-2")
 
 
 def test_a_resumed_run_keeps_its_coins(small, tmp_path):

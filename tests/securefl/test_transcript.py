@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from attacks.attack import UnavailableError
 from attacks.case import Case
 from protocols.catalogue import PROTOCOLS, UPLOAD
+from securefl import site_folder
 from securefl.cli import app
 from securefl.config import ConfigurationError
 from securefl.messages import Request
@@ -220,6 +221,21 @@ def test_deleting_takes_all_that_was_kept_and_nothing_else(small, tmp_path):
     assert not (folder / "transcript").exists()
     assert delete(folder) == ()
     assert Case.open(folder).coins("site-1").shape == (4,)
+
+
+def test_a_folder_that_is_of_no_run_and_no_site_is_refused(tmp_path):
+    done = CliRunner().invoke(app, ["transcript", "delete", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "neither a run's directory nor a site's folder" in done.stderr
+
+
+def test_a_site_deletes_what_it_recorded_in_its_own_folder(tmp_path):
+    (tmp_path / "site.toml").write_text("a site's")
+    held = site_folder.private(tmp_path, "ab" * 16, "north")
+    held.mkdir(parents=True)
+    Recorder(held, None).drew(1, "share", b"secret")
+    assert delete(tmp_path) == (held / "recording.bin", held / "recording.jsonl")
+    assert not list(held.iterdir())
 
 
 @pytest.mark.parametrize("key", ["own", "consent"])
