@@ -205,7 +205,11 @@ class Case:
         """
         heads = {}
         told = [Roster(dict(keys)) for keys in self._keys]
-        for item in crossings(self.folder / TRANSCRIPT):
+        try:
+            seen = self.crossings
+        except UnavailableError:
+            return {}
+        for item in seen:
             if item.direction != "up" or item.number == 0:
                 continue
             with suppress(ProtocolError):  # a site may have answered anything

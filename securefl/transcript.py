@@ -179,7 +179,7 @@ class _Journal(Generic[_Item]):
 
     def read(self) -> Iterator[tuple[_Item, bytes]]:
         """Every item; ConfigurationError that names the line where one is damaged or changed."""
-        lines = whole_lines(self._index)
+        lines = _lines(self._index)
         if not lines:
             return
         try:
@@ -361,12 +361,32 @@ def crossings(folder: Path, today: date | None = None) -> tuple[Crossing, ...]:
 
 
 def rosters(folder: Path) -> tuple[Roster, ...]:
-    """The sites' public keys in each session of the run, oldest first."""
-    lines = whole_lines(folder / ROSTERS)
-    told = [msgspec.json.decode(line, type=_Session) for line in lines]
-    return tuple(
-        Roster({site: bytes.fromhex(key) for site, key in item.keys.items()}) for item in told
-    )
+    """The sites' public keys in each session of the run, oldest first.
+
+    Raises ConfigurationError that names the file and the line, where one is damaged or missing.
+    """
+    path = folder / ROSTERS
+    lines, found = _lines(path), list[Roster]()
+    if not lines and (folder / INDEX).exists():
+        raise ConfigurationError(f"{path} is missing or empty: restore the folder from a copy")
+    for number, line in enumerate(lines, start=1):
+        try:
+            told = msgspec.json.decode(line, type=_Session)
+            found.append(Roster({site: bytes.fromhex(key) for site, key in told.keys.items()}))
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ConfigurationError(
+                f"{path} line {number} is damaged: {error}: restore the folder from a copy"
+            ) from None
+    return tuple(found)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return whole_lines(path)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{path} is damaged ({error}): restore the folder from a copy"
+        ) from None
 
 
 def _round(request: bytes) -> int:

@@ -282,3 +282,15 @@ def test_what_an_audit_wrote_is_read_again(clean, tmp_path):
     found = Audit.load(run)
     assert found.to_bytes() == (run / "audit.json").read_bytes()
     assert found.seed == 4
+
+
+@pytest.mark.parametrize("written", ['{"keys":{"site-1":"zz"}}\n', "{\n", "", "\udcff\n"])
+@pytest.mark.parametrize("name", ["rosters.jsonl", "index.jsonl"])
+def test_a_damaged_index_is_one_line_that_names_the_file(clean, tmp_path, name, written):
+    if (name, written) == ("index.jsonl", ""):
+        pytest.skip("no transcript at all")
+    run = tmp_path / "run"
+    shutil.copytree(clean, run)
+    (run / "transcript" / name).write_text(written, errors="surrogateescape")
+    with pytest.raises(ConfigurationError, match=name):
+        hashes(Case.open(run))
