@@ -267,9 +267,12 @@ def _results_table(title: str, results: tuple[AttackResult, ...]) -> Table:
 
 
 def _exit(found: Audit) -> None:
-    """Exit status 1 where a claim is contradicted."""
+    """Exit status 1 where a claim is contradicted, or an attack came to no conclusion."""
     for name in found.alarms:
         row: Row = next(row for row in found.rows if row.attack == name)
         say(f"a claim does not hold: {row.claim} ({name}: p = {row.p:.2g})")
-    if found.alarms:
+    unsure = [row.attack for row in found.rows if row.verdict == "no conclusion"]
+    if unsure:
+        say(f"no conclusion of {', '.join(unsure)}: the page says why; another --seed may help")
+    if found.alarms or unsure:
         raise typer.Exit(1)

@@ -6,6 +6,7 @@ in the template from the audit's figures. The same audit gives the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,7 @@ def render(audit: Audit) -> str:
             missing=[row for row in audit.rows if not row.results],
             pictures=pictures,
             headline=headline(audit),
+            findings=hashlib.sha256(audit.to_bytes()).hexdigest(),
             tone="bad" if audit.alarms else "warn" if audit.broken or not audit.private else "",
             number=words.number,
             verdicts=VERDICTS,

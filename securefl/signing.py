@@ -92,6 +92,11 @@ class Audit:
             ) from None
         alarms = None if told.alarms is None else len(told.alarms)
         hashes = _sha256(findings), _sha256(page)
+        if hashes[0].encode() not in page:
+            raise CorruptStoreError(
+                f"{run / PAGE} is not made of this {AUDIT}, whose SHA-256 it does not name: one of "
+                f"them was changed; `securefl audit {run}` writes both anew"
+            )
         return cls(*hashes, alarms, len(told.broken), len(told.left_out))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
@@ -35,13 +36,18 @@ NORTH, SOUTH = key_of(1), key_of(2)
 PINNED = {"north": NORTH.public, "south": SOUTH.public}
 
 
+def audited(folder: Path, findings: str, page: str = "an audit") -> None:
+    """Both files; the page names the SHA-256 of the findings that it is made of."""
+    (folder / AUDIT).write_text(findings)
+    (folder / PAGE).write_text(f"{page} of {hashlib.sha256(findings.encode()).hexdigest()}")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The directory of an audited run."""
     folder = tmp_path / "trial"
     folder.mkdir()
-    (folder / AUDIT).write_text('{"alarms": ["the bound is above the claim"], "attacks": 7}')
-    (folder / PAGE).write_text("<!DOCTYPE html><title>an audit</title>")
+    audited(folder, '{"alarms": ["the bound is above the claim"], "attacks": 7}')
     return folder
 
 
@@ -90,7 +96,7 @@ def test_a_file_that_changed_after_signing_is_named(run: Path, file: str) -> Non
 
 def test_a_newer_signature_does_not_cover_up_an_older_one_of_other_files(run: Path) -> None:
     signed(run)
-    (run / PAGE).write_text("another page")
+    audited(run, (run / AUDIT).read_text(), "another page")
     signed(run, "south", SOUTH)
     found = signing.verify(run, PINNED)
     assert [one.trusted for one in found.checked] == [False, True]
@@ -159,8 +165,7 @@ def test_any_change_of_any_field_makes_the_signature_invalid(data: st.DataObject
 def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """An audited run that north signed, and its line."""
     folder = tmp_path_factory.mktemp("kept")
-    (folder / AUDIT).write_text("{}")
-    (folder / PAGE).write_text("a page")
+    audited(folder, "{}")
     signed(folder)
     return folder, (folder / SIGNATURES).read_bytes()
 
@@ -246,8 +251,20 @@ def test_who_signs_is_one_printable_line(run: Path, signatory: str) -> None:
 def test_alarms_are_counted_where_the_audit_lists_them(
     run: Path, text: str, alarms: int | None
 ) -> None:
-    (run / AUDIT).write_text(text)
+    audited(run, text)
     assert Audit.of(run).alarms == alarms
+
+
+def test_a_page_of_other_findings_is_not_signed(run: Path) -> None:
+    (run / AUDIT).write_text('{"alarms": []}')
+    with pytest.raises(CorruptStoreError, match=r"audit.html is not made of this audit.json"):
+        Audit.of(run)
+
+
+def test_what_succeeded_unclaimed_and_what_was_left_out_is_counted(run: Path) -> None:
+    audited(run, '{"alarms": [], "broken": ["readable"], "left_out": ["loss", "lira"]}')
+    told = Audit.of(run)
+    assert (told.alarms, told.broken, told.left_out) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"alarms": 3}', b"\xff", b"[" * 100_000])
