@@ -181,7 +181,7 @@ def _interval(result: AttackResult) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{100 * value:g} %"
+    return f"{100 * value:.3g} %"
 
 
 def _guarantee(audit: Audit) -> str:
