@@ -237,12 +237,10 @@ def score(guess: Scores, truth: Members, seed: int) -> Score:
     found = roc.auc_interval(strict).low > 0.5
     for rate in RATES:
         try:
-            at = roc.tpr_at(rate, strict)
+            at = roc.tpr_at(rate)
         except TooFewError as error:
             notes.append(str(error))
             continue
-        name = f"TPR at {rate * 100:g} % FPR"
-        results.append(AttackResult(name, at.rate, at.interval, rate, at.members, seed))
         right, wrong = (
             evidence.clopper_pearson(count, n, strict)
             for count, n in (
@@ -250,6 +248,8 @@ def score(guess: Scores, truth: Members, seed: int) -> Score:
                 (at.false_positives, at.non_members),
             )
         )
+        name = f"TPR at {rate * 100:g} % FPR"
+        results.append(AttackResult(name, at.rate, right, rate, at.members, seed))
         found = found or right.low > max(rate, wrong.high)
     p = None
     if truth.promised is not None:

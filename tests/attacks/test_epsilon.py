@@ -168,7 +168,11 @@ def test_an_adversary_gets_bytes_and_no_coins(tmp_path):
     view, known = msgspec.msgpack.decode(told, type=tuple[AnyView, Given])
     alone = epsilon.adversary(view, known, 0, lambda _: None)
     [apart] = in_a_process(ATTACK, [trial], 0)
-    assert alone == guessed(trial) == apart
+    # The process draws by another seed, and matrices are multiplied in another order.
+    for other in (guessed(trial), apart):
+        assert other.scores.keys() == alone.scores.keys()
+        for site, scores in alone.scores.items():
+            assert np.allclose(other.scores[site], scores, atol=1e-6)
     for coins in trial.truth.tossed.values():
         text = "".join("01"[int(coin)] for coin in coins)
         assert text.encode() not in told
@@ -305,7 +309,7 @@ def test_a_score_says_what_it_could_have_shown_and_names_the_estimate_so():
     scores = Guessed({"a": (coins["a"] + rng.normal(size=100)).tolist()})
     score = epsilon.score(scores, Coins(coins, epsilon.Promised(3.0, 1e-5), False, "nobody"), 0)
     assert "with every coin guessed right the lower bound would be 3." in score.limit
-    assert "for the claim" in score.limit
+    assert "p of the claim" in score.limit
     names = [result.metric for result in score.results]
     assert names[:2] == ["epsilon, lower bound at 95 %", "epsilon, as claimed"]
     assert any("an estimate and no bound" in name for name in names)

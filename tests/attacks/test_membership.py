@@ -276,7 +276,7 @@ def test_no_promise_no_p_and_no_claim():
     assert not membership.claim(config.parse("version = 1")).made
     claim = membership.claim(public(*RECORD).parsed())
     assert claim.made
-    assert "epsilon = 5, delta = 0.001" in claim.sentence
+    assert "an epsilon of at most 5 at delta 0.001" in claim.sentence
 
 
 # --- worlds with a known answer ---------------------------------------------------------------
