@@ -171,19 +171,20 @@ def score(guess: Reading, truth: Contributions, seed: int) -> Score:
     p: two-sided binomial tails, times how many there are (Bonferroni); 0 where uploads of a round
     have different lengths.
     """
-    likeness, compared = list[float](), 0
+    likeness, lengths = list[float](), list[int]()
     for item in guess.read:
         true = truth.of(item.site, item.number)
         if true is None:
             continue
         read = item.values.numpy().astype(np.float64)
         likeness.append(correlation(read, fields(truth.encoding, true)[: len(read)]))
-        compared += len(read)
+        lengths.append(len(read))
     about = "true update"
     mean = float(np.mean(likeness)) if likeness else guess.likeness
     if not likeness:
-        about, compared = "aggregate", sum(item.values.shape[0] for item in guess.read)
-    half = 1.96 / math.sqrt(max(compared, 4))
+        about, lengths = "aggregate", [item.values.shape[0] for item in guess.read]
+    # Of n independent numbers a correlation has variance 1/n; the mean counts all vectors alike.
+    half = 1.96 * math.sqrt(sum(1 / max(n, 4) for n in lengths)) / max(1, len(lengths))
     p = min([1.0, *(_tail(item) * item.times for item in guess.counted)]) * len(guess.counted)
     p = 0.0 if guess.odd else min(1.0, p)
     results = (
