@@ -239,14 +239,16 @@ class Client:
         state = current.protocol_state
         if request.phase == OPEN and isinstance(state, self._protocol.accepts.get(OPEN, ())):
             current.protocol_state = None  # whatever comes of it, nothing is opened again
-        drawing, parts = Drawing(os.urandom), list[NDArray[np.uint64]]()
-        if slots is not None and self._recorder is not None:
+        # Who does not record itself holds nothing of what it drew.
+        drawing = Drawing(os.urandom) if self._recorder is not None else None
+        parts = list[NDArray[np.uint64]]()
+        if slots is not None and drawing is not None:
             slots = _kept(slots, parts)
         current.protocol_state, reply = self._protocol.step(
-            request.phase, state, request.body, slots, drawing
+            request.phase, state, request.body, slots, drawing or os.urandom
         )
         self._store.enter(current.number)  # before anything that was said in it leaves
-        if self._recorder is not None:
+        if self._recorder is not None and drawing is not None:
             self._recorder.drew(current.number, request.phase, drawing.data)
             if parts and current.task.kind == "train" and current.model is not None:
                 update, model = current.model.update, current.model.to_message()
