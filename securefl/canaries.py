@@ -52,6 +52,9 @@ class _Coins(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1]
     coins: Annotated[str, Meta(pattern=r"\A[01]+\Z")]
 
+    def __repr__(self) -> str:
+        return f"_Coins(<{len(self.coins)} secret coins>)"
+
 
 def candidates(
     experiment: Experiment, site: str, shape: tuple[int, ...], classes: int
