@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -276,18 +277,17 @@ def guess(
                     progress((number + told.fraction) / len(trials))
                 progress((number + 1) / len(trials))
         except (EOFError, BrokenPipeError):
-            process.kill()
-            code = process.wait()
+            code = stop(process)
             raise AttackFailedError(
                 f"{attack.name}: its process ended with status {code}"
             ) from None
         except msgspec.MsgspecError as error:
-            process.kill()
+            stop(process)
             raise AttackFailedError(
                 f"{attack.name}: what it guessed is no {attack.guess.__name__}: {error}"
             ) from None
         except BaseException:
-            process.kill()
+            stop(process)
             raise
         process.stdin.close()
     return guesses
@@ -305,6 +305,15 @@ def send(stream: Any, data: bytes) -> None:
     """One message of the pipe between the two processes."""
     stream.write(_LENGTH.pack(len(data)) + data)
     stream.flush()
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """Kill a process that is told through a pipe, whatever of that it has not read: its status."""
+    process.kill()
+    assert process.stdin is not None  # noqa: S101 - a pipe
+    with suppress(BrokenPipeError):  # closing it writes what was not written yet
+        process.stdin.close()
+    return process.wait()
 
 
 def receive(stream: Any) -> bytes:

@@ -37,6 +37,7 @@ from attacks.attack import (
     one_line,
     receive,
     send,
+    stop,
 )
 from attacks.case import Case
 from attacks.view import (
@@ -180,6 +181,9 @@ class Audit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             ) from None
 
 
+LIMIT: Final = 3600.0
+"""Seconds that one attack may take, by default."""
+
 Told = Callable[[str, float, str], None]
 """told(attack, fraction, state): what is told while an audit goes on."""
 
@@ -293,11 +297,13 @@ def audit(
     *,
     seed: int | None = None,
     workers: int = 2,
+    limit: float = LIMIT,
     told: Told = lambda *_: None,
 ) -> Audit:
     """Every attack (or those in `names`) on the run, in `workers` processes.
 
     seed: of everything that the attacks draw; by default from the operating system, and recorded.
+    limit: in seconds; an attack that takes longer is stopped, and comes to no conclusion.
     """
     started = time.perf_counter()
     chosen = list(names) if names is not None else list(attacks.installed())
@@ -306,7 +312,7 @@ def audit(
     # What cannot be read, or is not to be, shows before any work.
     read, auditing = hashes(case), case.auditing
     seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-    found = _in_parallel(case, chosen, seed, workers, told)
+    found = _in_parallel(case, chosen, seed, workers, limit, told)
     rows = judged(found[name] for name in chosen)
     summary = case.summary
     return Audit(
@@ -359,7 +365,7 @@ class _Stopped(msgspec.Struct, frozen=True, tag=True):
 
 
 def _in_parallel(
-    case: Case, names: Sequence[str], seed: int, workers: int, told: Told
+    case: Case, names: Sequence[str], seed: int, workers: int, limit: float, told: Told
 ) -> Mapping[str, Row]:
     """Each attack's row. What stops an attack is in its row; the others go on."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -377,7 +383,7 @@ def _in_parallel(
                         own = str(case.own) if case.own is not None else None
                         job = _Job(str(case.folder), own, case.profile, name, seed)
                         try:
-                            rows[name] = worker.do(job, told)
+                            rows[name] = worker.do(job, limit, told)
                         except AttackFailedError as error:  # and a new process for the next
                             row = _empty(attacks.find(name), case)
                             rows[name] = msgspec.structs.replace(
@@ -424,13 +430,13 @@ class _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None  # noqa: S101 - a pipe
-        self._process.stdin.close()
-        self._process.terminate()
-        self._process.wait()
+        stop(self._process)
 
-    def do(self, job: _Job, told: Told) -> Row:
-        """The row of `job`; AttackFailedError where it cannot be assessed at all."""
+    def do(self, job: _Job, limit: float, told: Told) -> Row:
+        """The row of `job`; AttackFailedError where it cannot be assessed at all, or not within
+        `limit` seconds."""
+        deadline = threading.Timer(limit, self._process.kill)
+        deadline.start()
         try:
             send(self._process.stdin, msgspec.msgpack.encode(job))
             while True:
@@ -442,10 +448,14 @@ class _Worker:
                     raise AttackFailedError(said.line)
                 told(job.attack, said.fraction, "running")
         except (EOFError, BrokenPipeError):
-            code = self._process.wait()
+            code = stop(self._process)
             raise AttackFailedError(
-                f"{job.attack}: the process that assesses it ended with status {code}"
+                f"{job.attack}: stopped after {limit / 60:g} minutes, --limit gives it more"
+                if deadline.finished.is_set()
+                else f"{job.attack}: the process that assesses it ended with status {code}"
             ) from None
+        finally:
+            deadline.cancel()
 
 
 def serve(source: Any, sink: Any) -> None:

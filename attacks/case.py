@@ -108,11 +108,13 @@ class Case:
         """What `site` recorded of itself; UnavailableError where it did not, or it is not here."""
         held = recording(self._private(site))
         if not held.drawn and not held.encoded:
-            raise UnavailableError(
-                f"{site} did not record itself: say [transcript] own = [...] in the experiment"
-                if self.own is None
-                else f"what {site} recorded of itself, if anything, is not in {self.own}"
-            )
+            if site not in self.experiment.transcript.own:
+                why = "did not record itself: say [transcript] own = [...] in the experiment"
+            elif self.own is None:
+                why = "recorded itself, and that is gone: it was deleted"
+            else:
+                why = f"recorded itself, and that is not in {self.own}: it is another's, or deleted"
+            raise UnavailableError(f"{site} {why}")
         contributed = tuple(
             Contributed(item.number, item.update, Array.of(np.frombuffer(item.slots, "<u8")))
             for item in held.encoded
@@ -152,6 +154,8 @@ class Case:
     def crossings(self) -> tuple[Crossing, ...]:
         """What crossed the wires of the sites that consented; UnavailableError without any."""
         found = crossings(self.folder / TRANSCRIPT)
+        if not found and self.experiment.transcript.consent:
+            raise UnavailableError("the transcript that was recorded is gone: it was deleted")
         if not found:
             raise UnavailableError(
                 "no transcript was recorded: say [transcript] consent = [...] in the experiment"

@@ -62,6 +62,9 @@ def audit(
     ] = None,
     seed: Seeded = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = min(2, os.cpu_count() or 1),
+    limit: Annotated[
+        float, typer.Option(metavar="MINUTES", min=0.01, help="For each attack, at most.")
+    ] = 60.0,
     output: Written = Format.text,
 ) -> None:
     """Replay what each adversary saw in a run, attack it, and write audit.json and audit.html."""
@@ -86,7 +89,7 @@ def audit(
         )
     with store.exclusive(case.folder):  # else one audit's page may stand beside another's figures
         with _bars() as told:
-            found = assess_all(case, names, seed=seed, workers=workers, told=told)
+            found = assess_all(case, names, seed=seed, workers=workers, limit=60 * limit, told=told)
         (case.folder / report.PAGE).unlink(missing_ok=True)
         store.write(case.folder / AUDIT, found.to_bytes())
         page = report.write(case.folder, found)

@@ -752,6 +752,7 @@ class Policy(Section):
     maximum_rounds: Rounds = 1000
     maximum_local_steps: Rounds = 100
     transcript_until: date | None = None
+    own_recording: Flag = False
     canaries: Flag = False
     allow_not_private: Flag = False
 

@@ -633,6 +633,7 @@ delta = {delta}
 # maximum_rounds = 1000              # spare ones included
 # maximum_local_steps = 100
 # transcript_until = 2030-12-31      # without a date: no transcript, no recording
+# own_recording = false              # whether it writes down its own secrets for an audit
 # canaries = false                   # whether it trains on made-up records for an audit, too
 # allow_not_private = false          # runs with seeded noise: tests and demonstrations only
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from securefl.config import ConfigurationError, Experiment
 
 PUBLIC = Public(Experiment().dump(), ("a", "b", "c"), (1,), 2, "classification")
 NOTHING = NetworkView(PUBLIC, ())
+ROOT = Path(__file__).parents[2]
 
 MODULE = """
 import os, sys
@@ -115,6 +120,29 @@ def test_an_adversary_that_stops_is_one_line(made, body, told):
         guess(made(body), [Trial(NOTHING, {})], 1)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adversarys_process_ends_with_the_one_that_started_it():
+    """A killed audit leaves nothing at work, even where nobody closes the pipe it reads."""
+    code = (
+        "import subprocess, sys, time; "
+        "subprocess.Popen([sys.executable, '-m', 'attacks.alone']); "
+        "print('started', flush=True); time.sleep(600)"
+    )
+    reading, kept_open = os.pipe()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=reading, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(reading)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"started\n"
+    time.sleep(2)  # the child holds the same pipe
+    parent.kill()
+    ready, _, _ = select.select([parent.stdout], [], [], 60)
+    assert ready
+    assert parent.stdout.read() == b""
+    parent.wait()
+    os.close(kept_open)
 
 
 def test_an_attack_is_refused_a_view_that_lacks_what_it_needs():

@@ -21,7 +21,7 @@ from securefl.config import ConfigurationError
 from securefl.records import read_history
 from securefl.runs import run
 from securefl.terminal import OneLineErrors
-from securefl.transcript import crossings
+from securefl.transcript import crossings, delete
 
 app = typer.Typer(cls=OneLineErrors)
 cli.join(app)
@@ -202,16 +202,33 @@ def test_an_attack_that_cannot_be_assessed_is_a_row_and_the_others_go_on(recorde
 
     real = module._Worker.do
 
-    def failing(self, job, told):
+    def failing(self, job, limit, told):
         if job.attack == "readable":
             self._process.kill()
-        return real(self, job, told)
+        return real(self, job, limit, told)
 
     monkeypatch.setattr(module._Worker, "do", failing)
     told = audit(recorded, ["readable", "traffic"], seed=1, workers=1)
     assert [item.verdict for item in told.rows] == ["no conclusion", "proved"]
     assert "ended with status" in told.rows[0].reason
     assert AttackFailedError.__doc__
+
+
+def test_an_attack_that_takes_too_long_is_stopped_and_says_so(recorded):
+    told = audit(recorded, ["readable"], seed=1, limit=0.06)
+    assert [item.verdict for item in told.rows] == ["no conclusion"]
+    assert "stopped after 0.001 minutes" in told.rows[0].reason
+
+
+def test_an_audit_of_a_deleted_transcript_says_that_it_was_deleted(recorded, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(recorded.folder, folder)
+    assert delete(folder)
+    case = Case.open(folder)
+    with pytest.raises(UnavailableError, match="is gone: it was deleted"):
+        case.server()
+    with pytest.raises(UnavailableError, match="site-1 recorded itself, and that is gone"):
+        case.recording("site-1")
 
 
 # --- the page ----------------------------------------------------------------------------------

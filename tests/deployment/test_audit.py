@@ -16,7 +16,7 @@ ASKED = (
     "transcript.own=['north', 'south']",
     "transcript.keep_until=2999-06-30",
 )
-PERMITTED = "canaries = true\ntranscript_until = 2999-12-31\n"
+PERMITTED = "canaries = true\nown_recording = true\ntranscript_until = 2999-12-31\n"
 
 
 @pytest.mark.slow

@@ -253,6 +253,11 @@ RULES: Sequence[tuple[str, tuple[str, ...], Mapping[str, Any]]] = (
     ("policy.callables", ("aggregation.algorithm=os:system",), {}),
     ("policy.callables", ("data.source=os:system",), {}),
     ("policy.transcript_until", ("transcript.consent=['north']",), {}),
+    (
+        "policy.own_recording",
+        ("transcript.own=['north']", "transcript.keep_until=2999-01-01"),
+        {"policy": {"transcript_until": date(2999, 12, 31)}},
+    ),
     ("data.path", ("data.source=table", "data.label=y", "data.path=/etc/passwd"), {}),
 )
 

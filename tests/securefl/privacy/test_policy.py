@@ -142,7 +142,10 @@ CASES = (
          policy={"transcript_until": date(2026, 11, 30)}),
     case("policy.transcript_until", ("until 2026-12-01", "of 2026-11-30 or before"), *PLAN,
          "transcript.own=['north']", "transcript.keep_until=2026-12-01",
-         policy={"transcript_until": date(2026, 11, 30)}),
+         policy={"transcript_until": date(2026, 11, 30), "own_recording": True}),
+    case("policy.own_recording", ("draws and contributes", "without it"), *PLAN,
+         "transcript.own=['north']", "transcript.keep_until=2026-12-01",
+         policy={"transcript_until": date(2027, 1, 1)}),
     case("policy.transcript_until", ("no day that is named", "of 2027-01-01 or before"), *PLAN,
          "transcript.consent=['north']", policy={"transcript_until": date(2027, 1, 1)}),
     case("policy.transcript_until", ("on 2026-11-22", "not over"), *PLAN,
@@ -196,6 +199,7 @@ WITHIN = {
         "protocols": ["masked-bfv"],
         "models": ["logistic", "linear"],
         "transcript_until": date(2027, 1, 1),
+        "own_recording": True,
     }
 }
 BREAKERS: Mapping[str, st.SearchStrategy[str | tuple[str, ...]]] = {
