@@ -1,9 +1,10 @@
 """The audit of a run: every attack that its records allow, each beside its two controls.
 
 Every attack is tried in three worlds: the run as it was recorded; one without any defence, where it
-must succeed; and one with nothing to find, where it must not. Where a control goes the wrong way
-the attack shows nothing, and its row says so. Claims are tested together at one level: a claim is
-contradicted where p is below that level over the number of claims tested (Bonferroni).
+must succeed; and one with nothing to find, where it must not. A control that goes the wrong way, as
+chance has it now and then, is tried once more, in a new world; where that goes wrong too the attack
+shows nothing, and its row says so. Claims are tested together at one level: a claim is contradicted
+where p is below that level over the number of claims tested (Bonferroni).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from attacks.attack import (
     Curve,
     Profile,
     Score,
+    Trial,
     UnavailableError,
     one_line,
     receive,
@@ -205,15 +207,23 @@ def assess(
             attack.no_signal(seed, case.profile),
         ]
         guesses = attacks.guess(attack, worlds, seed, progress)
+        found, undefended, no_signal = (
+            attack.score(guessed, world.truth, seed)
+            for guessed, world in zip(guesses, worlds, strict=True)
+        )
+        notes = found.notes
+        if not undefended.succeeded:
+            undefended = _again(attack, attack.undefended, case, seed)
+            notes += ("Its control without any defence is a second one: it failed in the first.",)
+        if no_signal.succeeded:
+            no_signal = _again(attack, attack.no_signal, case, seed)
+            notes += (
+                "Its control with nothing to find is a second one: it succeeded in the first.",
+            )
     except UnavailableError as error:
         return msgspec.structs.replace(row, reason=str(error))
     except AttackFailedError as error:
         return msgspec.structs.replace(row, verdict="no conclusion", reason=str(error))
-    scores: list[Score] = [
-        attack.score(guessed, world.truth, seed)
-        for guessed, world in zip(guesses, worlds, strict=True)
-    ]
-    found, undefended, no_signal = scores
     if found.results[0].n == 0:
         return msgspec.structs.replace(
             row, reason=f"there was nothing to try it on ({found.limit})"
@@ -236,12 +246,25 @@ def assess(
         results=found.results,
         p=found.p,
         limit=found.limit,
-        notes=found.notes,
+        notes=notes,
         curves=found.curves,
         undefended=Control(undefended.results, undefended.succeeded, undefended.curves),
         no_signal=Control(no_signal.results, no_signal.succeeded, no_signal.curves),
         seconds=round(time.perf_counter() - started, 2),
     )
+
+
+def _again(
+    attack: Attack[Any, Any],
+    control: Callable[[int, Profile], Trial[Any]],
+    case: Case,
+    seed: int,
+) -> Score:
+    """What `attack` shows in another world of `control`."""
+    another = (seed + 1) % (1 << 32)
+    world = control(another, case.profile)
+    (guessed,) = attacks.guess(attack, [world], another)
+    return attack.score(guessed, world.truth, another)
 
 
 def _said(attack: Attack[Any, Any], case: Case) -> Claim:

@@ -81,13 +81,33 @@ def scored(succeeded: bool, p: float | None = None) -> Score:
 def test_the_verdict_follows_from_three_worlds(
     monkeypatch, recorded, found, undefended, no_signal, claim, verdict
 ):
-    outcomes = iter([scored(found), scored(undefended), scored(no_signal)])
+    wrong = [*([] if undefended else [scored(False)]), *([scored(True)] if no_signal else [])]
+    outcomes = iter([scored(found), scored(undefended), scored(no_signal), *wrong])
     attack = replace(traffic.ATTACK, score=lambda *_: next(outcomes), claim=lambda _: claim)
-    monkeypatch.setattr("attacks.attack.guess", lambda *_: [None, None, None])
+    monkeypatch.setattr("attacks.attack.guess", lambda _, worlds, *__: [None for _ in worlds])
     told = assess(attack, recorded, 1)
     assert told.verdict == verdict
     assert bool(told.reason) == (verdict == "no conclusion")
     assert told.undefended.succeeded is undefended
+
+
+@pytest.mark.parametrize(("undefended", "no_signal"), [(False, False), (True, True)])
+def test_a_control_that_goes_wrong_by_chance_is_tried_once_more_and_that_is_told(
+    monkeypatch, recorded, undefended, no_signal
+):
+    seeds = []
+    outcomes = iter([scored(False), scored(undefended), scored(no_signal), scored(not undefended)])
+
+    def score(guess, truth, seed):
+        seeds.append(seed)
+        return next(outcomes)
+
+    monkeypatch.setattr("attacks.attack.guess", lambda _, worlds, *__: [None for _ in worlds])
+    told = assess(replace(traffic.ATTACK, score=score), recorded, 1)
+    assert (told.verdict, told.reason) == ("proved", "")
+    assert (told.undefended.succeeded, told.no_signal.succeeded) == (True, False)
+    assert "is a second one" in told.notes[-1]
+    assert seeds == [1, 1, 1, 2]
 
 
 def test_what_cannot_be_tried_says_why(recorded):
