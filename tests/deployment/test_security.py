@@ -379,8 +379,9 @@ def test_the_server_holds_no_secret_and_no_update_of_a_site_while_its_job_runs(
     assert {what for what in by_right if "update-000002" in what} <= seen.held
     assert {f"key of {site}" for site in running.deployment.sites} <= seen.held
     assert "experiment" in seen.held
-    for what in ("north: site.key", "north: draw of Seed.draw < MaskKey.draw < client_step1"):
-        assert what in seen.at_site  # and at the site what the site keeps
+    # At the site what it keeps, and something it drew: of which round depends on how far it got.
+    assert "north: site.key" in seen.at_site
+    assert any(what.startswith("north: draw of ") for what in seen.at_site)
     assert not seen.leaked
 
 
