@@ -396,11 +396,12 @@ def _in_parallel(
         waiting.put(name)
     rows: dict[str, Row] = {}
     errors: list[BaseException] = []
+    working: set[_Worker] = set()
 
     def work() -> None:
         try:
             while not errors and (name := _next(waiting)) is not None:
-                with _Worker() as worker:
+                with _Worker(working) as worker:
                     while name is not None:
                         told(name, 0.0, "running")
                         own = str(case.own) if case.own is not None else None
@@ -422,8 +423,17 @@ def _in_parallel(
     threads = [threading.Thread(target=work) for _ in range(max(1, min(workers, len(names))))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C above all: nothing is left at work
+        errors.append(error)
+        while any(thread.is_alive() for thread in threads):
+            for worker in tuple(working):
+                worker.kill()
+            for thread in threads:
+                thread.join(0.1)
+        raise
     if errors:
         raise errors[0]
     return rows
@@ -438,7 +448,10 @@ def _next(waiting: queue.SimpleQueue[str]) -> str | None:
 
 @final
 class _Worker:
-    """A process that assesses one attack after the other."""
+    """A process that assesses one attack after the other; in `working` while there is one."""
+
+    def __init__(self, working: set[_Worker]) -> None:
+        self._working = working
 
     def __enter__(self) -> _Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -450,15 +463,21 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
+        self._working.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._working.discard(self)
         stop(self._process)
+
+    def kill(self) -> None:
+        """End the process at once; whoever waits for a row is told so."""
+        self._process.kill()
 
     def do(self, job: _Job, limit: float, told: Told) -> Row:
         """The row of `job`; AttackFailedError where it cannot be assessed at all, or not within
         `limit` seconds."""
-        deadline = threading.Timer(limit, self._process.kill)
+        deadline = threading.Timer(limit, self.kill)
         deadline.start()
         try:
             send(self._process.stdin, msgspec.msgpack.encode(job))

@@ -63,8 +63,8 @@ def audit(
     seed: Seeded = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = min(2, os.cpu_count() or 1),
     limit: Annotated[
-        float, typer.Option(metavar="MINUTES", min=0.01, help="For each attack, at most.")
-    ] = 60.0,
+        int, typer.Option(metavar="MINUTES", min=1, max=10_000, help="For each attack, at most.")
+    ] = 60,
     output: Written = Format.text,
 ) -> None:
     """Replay what each adversary saw in a run, attack it, and write audit.json and audit.html."""

@@ -182,12 +182,6 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
     )
     most, told = policy.transcript_until, experiment.transcript
     until = told.keep_until
-    yield _Rule(
-        "policy.own_recording",
-        site.name in told.own and not policy.own_recording,
-        "that this site writes down what it draws and contributes (transcript.own)",
-        "a transcript.own without it",
-    )
     named = "no day that is named" if until is None else until.isoformat()
     yield _Rule(
         "policy.transcript_until",
@@ -197,6 +191,12 @@ def _of_records(site: Site, experiment: Experiment, today: date) -> Iterator[_Ru
         "none"
         if most is None
         else f"one with a transcript.keep_until of {most.isoformat()} or before, and not over",
+    )
+    yield _Rule(
+        "policy.own_recording",
+        site.name in told.own and not policy.own_recording,
+        "that this site writes down what it draws and contributes (transcript.own)",
+        "a transcript.own without it",
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
 from dataclasses import replace
 
 import msgspec
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from attacks import cli, readable, report, traffic
-from attacks.attack import AttackResult, Claim, Profile, Score, UnavailableError
+from attacks.attack import AttackFailedError, AttackResult, Claim, Profile, Score, UnavailableError
 from attacks.audit import LEVEL, Audit, Row, assess, audit, judged
 from attacks.case import Case
 from securefl.config import ConfigurationError
@@ -218,7 +220,6 @@ def test_weights_in_clear_are_an_alarm_and_the_exit_status_says_so(
 
 def test_an_attack_that_cannot_be_assessed_is_a_row_and_the_others_go_on(recorded, monkeypatch):
     from attacks import audit as module
-    from attacks.attack import AttackFailedError
 
     real = module._Worker.do
 
@@ -231,13 +232,30 @@ def test_an_attack_that_cannot_be_assessed_is_a_row_and_the_others_go_on(recorde
     told = audit(recorded, ["readable", "traffic"], seed=1, workers=1)
     assert [item.verdict for item in told.rows] == ["no conclusion", "proved"]
     assert "ended with status" in told.rows[0].reason
-    assert AttackFailedError.__doc__
 
 
 def test_an_attack_that_takes_too_long_is_stopped_and_says_so(recorded):
     told = audit(recorded, ["readable"], seed=1, limit=0.06)
     assert [item.verdict for item in told.rows] == ["no conclusion"]
     assert "stopped after 0.001 minutes" in told.rows[0].reason
+
+
+def test_an_interrupted_audit_ends_at_once_with_all_that_works_for_it(recorded, monkeypatch):
+    from attacks import audit as module
+
+    ended = []
+
+    def waiting(self, job, limit, told):
+        self._process.stdout.read()  # of a process that was asked nothing: until it is killed
+        ended.append(job.attack)
+        raise AttackFailedError("killed")
+
+    monkeypatch.setattr(module._Worker, "do", waiting)
+    main = threading.main_thread().ident
+    threading.Timer(2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        audit(recorded, ["readable", "traffic", "loss"], seed=1)
+    assert len(ended) == 2  # the third was not begun
 
 
 def test_an_audit_of_a_deleted_transcript_says_that_it_was_deleted(recorded, tmp_path):
