@@ -779,11 +779,13 @@ consent = ["site-1", "site-2"]
 
 
 def undefended(seed: int, profile: Profile) -> Trial[Coins]:
-    """A run like any other, but without a plan: the server opens exact sums."""
+    """A run like any other, but without a plan: the server opens exact sums. All is of `seed`."""
     from securefl.runs import run
 
     count = 60 if profile is Profile.quick else 200
-    experiment = config.parse(_WORLD, [f"audit.canaries={count}", f"seed={seed % (1 << 32)}"])
+    drawn = seed % (1 << 32)
+    overrides = f"audit.canaries={count}", f"seed={drawn}", f"not_private_seed={drawn}"
+    experiment = config.parse(_WORLD, overrides)
     with tempfile.TemporaryDirectory() as folder:
         return trial(Case.open(run(experiment, Path(folder) / "run", report=False).directory))
 

@@ -331,6 +331,10 @@ def test_it_succeeds_where_nothing_is_defended_and_not_where_there_is_nothing(se
     assert found.results[0].value > 1
     assert not nothing.succeeded
     assert nothing.results[0].value < 0.5
+    again = ATTACK.undefended(seed, Profile.quick)
+    assert {s: coins.tolist() for s, coins in again.truth.tossed.items()} == {
+        s: coins.tolist() for s, coins in worlds[0].truth.tossed.items()
+    }
 
 
 @pytest.mark.parametrize(("view", "noise"), [(OPEN, ()), (SUMS, SHARED)], ids=["local", "shared"])
