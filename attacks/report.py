@@ -128,6 +128,7 @@ class _Told:
     limit: str
     figures: Sequence[tuple[str, str, str, str, str]]
     controls: Sequence[tuple[str, str, str]]
+    notes: Sequence[str]
     adversaries: int = 1
     """Rows that the adversary's cell spans; 0 where one above spans this one."""
 
@@ -161,6 +162,7 @@ class _Told:
                 )
                 if control is not None
             ],
+            notes=[f"{words.sentence_case(note).removesuffix('.')}." for note in row.notes],
         )
 
 
