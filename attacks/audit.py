@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -395,47 +396,40 @@ def _in_parallel(
     for name in names:
         waiting.put(name)
     rows: dict[str, Row] = {}
-    errors: list[BaseException] = []
     working: set[_Worker] = set()
+    stopped = threading.Event()
 
     def work() -> None:
-        try:
-            while not errors and (name := _next(waiting)) is not None:
-                with _Worker(working) as worker:
-                    while name is not None:
-                        told(name, 0.0, "running")
-                        own = str(case.own) if case.own is not None else None
-                        job = _Job(str(case.folder), own, case.profile, name, seed)
-                        try:
-                            rows[name] = worker.do(job, limit, told)
-                        except AttackFailedError as error:  # and a new process for the next
-                            row = _empty(attacks.find(name), case)
-                            rows[name] = msgspec.structs.replace(
-                                row, verdict="no conclusion", reason=str(error)
-                            )
-                            told(name, 1.0, "no conclusion")
-                            break
-                        told(name, 1.0, rows[name].verdict)
-                        name = None if errors else _next(waiting)
-        except BaseException as error:
-            errors.append(error)
+        while not stopped.is_set() and (name := _next(waiting)) is not None:
+            with _Worker(working) as worker:
+                while name is not None:
+                    told(name, 0.0, "running")
+                    own = str(case.own) if case.own is not None else None
+                    job = _Job(str(case.folder), own, case.profile, name, seed)
+                    try:
+                        rows[name] = worker.do(job, limit, told)
+                    except AttackFailedError as error:  # and a new process for the next
+                        row = _empty(attacks.find(name), case)
+                        rows[name] = msgspec.structs.replace(
+                            row, verdict="no conclusion", reason=str(error)
+                        )
+                        told(name, 1.0, "no conclusion")
+                        break
+                    told(name, 1.0, rows[name].verdict)
+                    name = None if stopped.is_set() else _next(waiting)
 
-    threads = [threading.Thread(target=work) for _ in range(max(1, min(workers, len(names))))]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException as error:  # Ctrl-C above all: nothing is left at work
-        errors.append(error)
-        while any(thread.is_alive() for thread in threads):
-            for worker in tuple(working):
-                worker.kill()
-            for thread in threads:
-                thread.join(0.1)
-        raise
-    if errors:
-        raise errors[0]
+    count = max(1, min(workers, len(names)))
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(work) for _ in range(count)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # after an error, or Ctrl-C, nothing is left at work
+            stopped.set()
+            while wait(futures, 0.1).not_done:
+                for worker in tuple(working):
+                    worker.kill()
+    for future in futures:
+        future.result()
     return rows
 
 

@@ -243,19 +243,22 @@ def test_an_attack_that_takes_too_long_is_stopped_and_says_so(recorded):
 def test_an_interrupted_audit_ends_at_once_with_all_that_works_for_it(recorded, monkeypatch):
     from attacks import audit as module
 
-    ended = []
+    begun, ended = [], []
+    main = threading.main_thread().ident
 
     def waiting(self, job, limit, told):
+        begun.append(job.attack)
+        if len(begun) == 2:  # the main thread only waits for both
+            threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
         self._process.stdout.read()  # of a process that was asked nothing: until it is killed
         ended.append(job.attack)
         raise AttackFailedError("killed")
 
     monkeypatch.setattr(module._Worker, "do", waiting)
-    main = threading.main_thread().ident
-    threading.Timer(2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         audit(recorded, ["readable", "traffic", "loss"], seed=1)
-    assert len(ended) == 2  # the third was not begun
+    assert sorted(ended) == sorted(begun)
+    assert len(begun) == 2  # the third was not
 
 
 def test_an_audit_of_a_deleted_transcript_says_that_it_was_deleted(recorded, tmp_path):
