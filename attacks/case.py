@@ -7,7 +7,6 @@ evidence: its records, and what it recorded of itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +29,7 @@ from attacks.view import (
     Recording,
     ReleasedModelView,
     ServerView,
+    answer,
 )
 from protocols.errors import ProtocolError
 from protocols.identity import Roster
@@ -37,7 +37,6 @@ from securefl import agreement, models, simulation
 from securefl.canaries import read_coins
 from securefl.config import ConfigurationError, Experiment, load_site
 from securefl.data import Records, Table, held_out
-from securefl.messages import Answer, parse_reply
 from securefl.preprocessing import Fitted
 from securefl.privacy.ledger import SignedHead
 from securefl.records import PREPROCESSING, SITES, History, Summary, read_history
@@ -216,11 +215,10 @@ class Case:
         for item in seen:
             if item.direction != "up" or item.number == 0:
                 continue
-            with suppress(ProtocolError):  # a site may have answered anything
-                said = parse_reply(item.data)
-                head = said.head if isinstance(said, Answer) else None
-                if head is not None and any(_signed(head, item.site, x) for x in told):
-                    heads[item.site] = head.hash.hex()
+            said = answer(item.data)
+            head = said.head if said is not None else None
+            if head is not None and any(_signed(head, item.site, x) for x in told):
+                heads[item.site] = head.hash.hex()
         return heads
 
     def coins(self, site: str) -> NDArray[np.bool_]:

@@ -31,7 +31,7 @@ from attacks.attack import (
     UnavailableError,
 )
 from attacks.case import Case
-from attacks.view import ActiveServer, Array, Given, Public
+from attacks.view import ActiveServer, Array, Given, Public, answer
 from protocols import bfv_sum, ckks_sum
 from protocols.bitpacking import unpack
 from protocols.catalogue import OPEN, UPLOAD
@@ -40,7 +40,7 @@ from protocols.messages import OpenedSum, SumToOpen, Upload
 from securefl import agreement, config, models
 from securefl.config import Experiment
 from securefl.engines import Exchange
-from securefl.messages import Answer, Request, parse_reply
+from securefl.messages import Request
 from securefl.runs import RunFailedError, run
 from securefl.store import SiteStore
 from securefl.transcript import recording
@@ -96,8 +96,8 @@ class _Forging:
                 messages = {site: self._forged(data) for site, data in messages.items()}
             replies = exchange(phase, messages)
             if phase == UPLOAD and VICTIM in replies:
-                said = parse_reply(replies[VICTIM])
-                if isinstance(said, Answer):
+                said = answer(replies[VICTIM])
+                if said is not None:
                     self._upload = Upload.from_bytes(said.body).payload
             if phase == OPEN:
                 for site, data in replies.items():
@@ -118,8 +118,8 @@ class _Forging:
         return msgspec.structs.replace(request, body=body).to_bytes()
 
     def _read(self, asked: bytes, data: bytes) -> None:
-        said = parse_reply(data)
-        if not isinstance(said, Answer):
+        said = answer(data)
+        if said is None:
             return  # the opener refused
         contributors = SumToOpen.from_bytes(Request.from_bytes(asked).body).contributors
         packed = np.frombuffer(OpenedSum.from_bytes(said.body).payload, np.uint8)

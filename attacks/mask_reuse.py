@@ -44,7 +44,7 @@ from attacks.shared_key import (
     trainings,
     uploads,
 )
-from attacks.view import Array, ColludingView, Given, Recording, ServerView
+from attacks.view import Array, ColludingView, Given, Recording, ServerView, answer
 from protocols import masks, secagg, shamir
 from protocols.bfv import DEGREE, MODULUS, Parameters
 from protocols.bitpacking import pack, packed_size, unpack
@@ -56,7 +56,7 @@ from protocols.masks import MaskKey
 from protocols.messages import MaskAdvertisements, RelayedSecrets, ReleasedShares
 from protocols.shamir import Share
 from securefl.config import Experiment
-from securefl.messages import Answer, Request, parse_reply
+from securefl.messages import Answer, Request
 from securefl.transcript import Crossing
 
 if TYPE_CHECKING:
@@ -220,10 +220,8 @@ def _bodies(crossings: Sequence[Crossing], number: int) -> dict[tuple[str, str],
             continue
         if item.direction == "down":
             found[item.phase, "down"][item.site] = Request.from_bytes(item.data).body
-        else:
-            with suppress(ProtocolError):  # a site may have answered anything
-                if isinstance(said := parse_reply(item.data), Answer):
-                    found[item.phase, "up"][item.site] = said.body
+        elif (said := answer(item.data)) is not None:
+            found[item.phase, "up"][item.site] = said.body
     return found
 
 

@@ -30,7 +30,7 @@ from attacks.attack import (
 )
 from attacks.evidence import Interval
 from attacks.rehearsal import gaussian_updates, rehearse
-from attacks.view import Array, ColludingView, Contributed, Given, Public, Recording
+from attacks.view import Array, ColludingView, Contributed, Given, Public, Recording, answer
 from protocols import ckks
 from protocols.bfv import Parameters, SecretKey, Sum
 from protocols.catalogue import PROTOCOLS, UPLOAD
@@ -42,7 +42,7 @@ from protocols.messages import Begin, RelayedSecrets, SealedSeed, Upload
 from protocols.sealing import ChannelKey, unseal
 from securefl import agreement, models
 from securefl.config import Experiment
-from securefl.messages import Answer, Request, parse_reply
+from securefl.messages import Request
 from securefl.privacy import clipping
 from securefl.replicas import Standing
 from securefl.state import GlobalState
@@ -122,8 +122,7 @@ def uploads(crossings: Sequence[Crossing], number: int) -> dict[str, Upload]:
     for item in crossings:
         if (item.number, item.phase, item.direction) == (number, UPLOAD, "up"):
             with suppress(ProtocolError):
-                said = parse_reply(item.data)
-                if isinstance(said, Answer):
+                if (said := answer(item.data)) is not None:
                     found[item.site] = Upload.from_bytes(said.body)
     return found
 

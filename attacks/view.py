@@ -295,6 +295,15 @@ def replay(view: ServerView | ColludingView, number: int) -> Replayed | None:
     return None
 
 
+def answer(data: bytes) -> Answer | None:
+    """What a site answered; None where it refused, or sent something that is no reply."""
+    try:
+        said = parse_reply(data)
+    except ProtocolError:
+        return None
+    return said if isinstance(said, Answer) else None
+
+
 def _ended(steps: ServerSide, replies: Mapping[tuple[str, str], bytes]) -> Aggregate | None:
     """What the server's steps end with on these replies, by phase and site."""
     try:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 
 from attacks.case import Case
@@ -35,3 +41,24 @@ def recorded(tmp_path_factory) -> Case:
 def small_run() -> str:
     """Its experiment."""
     return SMALL
+
+
+@pytest.fixture(scope="session")
+def benchmark() -> Callable[[str], ModuleType]:
+    """`benchmark("keys")`: the script of that name in benchmarks/attacks, as a module."""
+
+    def load(name: str) -> ModuleType:
+        place = Path(__file__).parents[2] / "benchmarks" / "attacks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"attacks_{name}", place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        sys.path.insert(0, str(place.parent))  # as for a script there
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(place.parent))
+        return module
+
+    return load

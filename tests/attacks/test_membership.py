@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -327,26 +324,14 @@ def test_an_adversary_in_a_process_of_its_own_guesses_the_same():
 # --- LiRA beside the loss attack --------------------------------------------------------------
 
 
-def benchmark() -> Any:
-    place = Path(__file__).parents[2] / "benchmarks" / "attacks" / "membership.py"
-    spec = importlib.util.spec_from_file_location("attacks_membership", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(place.parent))  # as for a script there
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(place.parent))
-    return module
-
-
 @pytest.mark.parametrize(
     ("targets", "least"), [(16, 10), pytest.param(64, 10, marks=pytest.mark.slow)]
 )
-def test_lira_finds_ten_times_as_many_members_as_the_loss_at_a_thousandth(targets, least):
-    found = benchmark().attacked(targets, records=600 if targets > 16 else 400, rounds=20, seed=1)
+def test_lira_finds_ten_times_as_many_members_as_the_loss_at_a_thousandth(
+    benchmark, targets, least
+):
+    records = 600 if targets > 16 else 400
+    found = benchmark("membership").attacked(targets, records=records, rounds=20, seed=1)
     rates = {name: one.roc().tpr_at(0.001) for name, one in found.items()}
     assert rates["lira"].rate > least * max(rates["loss"].rate, 0.001)
     for one in found.values():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,15 +13,8 @@ from securefl.runs import run
 
 
 @pytest.fixture(scope="module")
-def mutants() -> ModuleType:
-    place = Path(__file__).parents[2] / "benchmarks" / "attacks" / "mutants.py"
-    spec = importlib.util.spec_from_file_location("mutants", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def mutants(benchmark) -> ModuleType:
+    return benchmark("mutants")
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
